@@ -1,0 +1,59 @@
+# `make demo` and `make test` do their own set-up; `make help` lists the targets.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup native demo test lint format bench gpu-check wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) native  ## make .venv with the pinned packages, and build the native CPU kernel
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The builder compiles only what changed. Without a compiler everything still runs, on the
+# reference backend, which is slow.
+native: $(STAMP)
+	@$(BIN)/python kernel_hub/build.py || \
+	  echo "note: no native CPU kernel; the slow reference backend will serve (reason above)"
+
+demo: setup  ## a real model on a long text: dense against BLASST against BSFA
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: setup  ## ruff, mypy, the import contract, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: setup  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: setup  ## the benchmarks that run on a CPU
+	$(BIN)/python -m benchmarks
+
+gpu-check:  ## what to run on a machine with a GPU
+	$(PYTHON) benchmarks/gpu_check.py
+
+wheel: setup  ## a wheel with the native kernel in it, in dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) dist build kernel_hub/*/build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,56 @@
+"""Puts the built native variants into a wheel, so that its users need no compiler.
+
+`python kernel_hub/build.py` leaves them under kernel_hub/<repo>/build/<variant>/. A wheel carries each
+variant as hf_sparse_attention/_kernels/<variant>/ and is tagged for this platform; with none built it
+is a plain wheel that runs on the reference backend. An editable install finds the checkout's own
+build and copies nothing. HFSA_WHEEL_NATIVE=require fails without a variant, =skip leaves them out.
+"""
+
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+CHOICES = ("auto", "require", "skip")
+
+
+def built_variants(root: Path) -> dict[str, Path]:
+    """The CPU variants built under `root`/kernel_hub: {variant name: its folder}."""
+    return {
+        metadata.parent.name: metadata.parent
+        for metadata in sorted(root.glob("kernel_hub/*/build/*/metadata.json"))
+        if "-cpu-" in metadata.parent.name
+    }
+
+
+class NativeVariantHook(BuildHookInterface):
+    """Hatchling's hook: see the module's docstring."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the built variants to `build_data`; `version` is "standard" or "editable"."""
+        choice = os.environ.get("HFSA_WHEEL_NATIVE", "auto")
+        if choice not in CHOICES:
+            raise ValueError(f"HFSA_WHEEL_NATIVE: expected one of {CHOICES}, got {choice!r}")
+        if version == "editable" or choice == "skip":
+            return
+        variants = built_variants(Path(self.root))
+        if not variants:
+            if choice == "require":
+                raise RuntimeError(
+                    "HFSA_WHEEL_NATIVE=require, but no CPU variant lies under kernel_hub/*/build/; "
+                    "run `python kernel_hub/build.py` first"
+                )
+            return
+        for name, folder in variants.items():
+            for file in sorted(folder.rglob("*")):
+                if file.is_file() and "__pycache__" not in file.parts:
+                    target = Path("hf_sparse_attention/_kernels") / name / file.relative_to(folder)
+                    build_data["force_include"][str(file)] = target.as_posix()
+        build_data["pure_python"] = False
+        # The stable ABIs of torch and Python make one wheel fit every Python 3.
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform}"
