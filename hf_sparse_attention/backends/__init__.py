@@ -1,0 +1,1 @@
+"""The backends: each a module with `NAME`, `GEOMETRIES`, `available()`, `supports()` and `run()`."""
