@@ -1,1 +1,79 @@
-"""The backends: each a module with `NAME`, `GEOMETRIES`, `available()`, `supports()` and `run()`."""
+"""The backends, one module each, and the choice among them.
+
+A backend module has `NAME`, `GEOMETRIES` (names it can run, None for any), `available()` and
+`supports(call, rule, geometry)` (each None, or the reason why not) and `run(...)`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hf_sparse_attention.backends import cpu, dense, reference
+from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    NAME: str
+    GEOMETRIES: tuple[str, ...] | None
+
+    def available(self) -> str | None: ...
+
+    def supports(
+        self, call: AttentionCall, rule: SkipRule, geometry: BlockGeometry
+    ) -> str | None: ...
+
+    def run(
+        self,
+        call: AttentionCall,
+        rule: SkipRule,
+        geometry: BlockGeometry,
+        *,
+        return_skips: bool = False,
+        return_dropped_mass: bool = False,
+    ) -> AttentionResult: ...
+
+
+#: In the order in which "auto" tries them. The reference keeps the rules, if slowly; dense keeps none.
+BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, reference, dense)}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name, with None if this machine can run it, else the reason why not."""
+    return {name: backend.available() for name, backend in BACKENDS.items()}
+
+
+def select(
+    call: AttentionCall, rule: SkipRule, geometry: BlockGeometry, name: str = "auto"
+) -> tuple[Backend, dict[str, str]]:
+    """The backend that will run `call`, and the reasons why those before it will not.
+
+    Raises:
+        ValueError: `name` is no backend, or the backend named cannot run the call.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            valid = ", ".join(["auto", *BACKENDS])
+            raise ValueError(f"backend: expected one of {valid}, got {name!r}")
+        reason = _refusal(BACKENDS[name], call, rule, geometry)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run this call: {reason}")
+        return BACKENDS[name], {}
+    reasons: dict[str, str] = {}
+    for backend in BACKENDS.values():
+        if backend is reference and rule.is_never:
+            continue  # nothing to skip: dense gives the same, faster
+        reason = _refusal(backend, call, rule, geometry)
+        if reason is None:
+            return backend, reasons
+        reasons[backend.NAME] = reason
+    raise AssertionError("unreachable: the dense backend takes every call")
+
+
+def _refusal(
+    backend: Backend, call: AttentionCall, rule: SkipRule, geometry: BlockGeometry
+) -> str | None:
+    if backend.GEOMETRIES is not None and geometry.name not in backend.GEOMETRIES:
+        return f"geometry {geometry.name} is not among its {', '.join(backend.GEOMETRIES)}"
+    return backend.available() or backend.supports(call, rule, geometry)

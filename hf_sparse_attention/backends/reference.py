@@ -63,7 +63,9 @@ def run(
         for i, start in enumerate(range(request.first_row, q_len, rows_per_vote)):
             rows = slice(start, min(start + rows_per_vote, q_len))
             scores, visible = request.scores(rows)  # [Hq, R, K], [R, K]
-            votes = scores.reshape(voters, -1, scores.shape[-1])  # decode: the group's heads are rows
+            votes = scores.reshape(
+                voters, -1, scores.shape[-1]
+            )  # decode: the group's heads are rows
             decision = _decide(
                 votes.detach(),
                 _to_blocks(visible, geometry.block_k, False).any(-1).any(0),
@@ -114,7 +116,9 @@ class _Request:
             valid = call.key_valid[b]
         columns = valid.nonzero().flatten().tolist()
         first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
-        offset = kv_len - q_len if call.q_offset is None else int(call.q_offset.expand(len(call.q))[b])
+        offset = (
+            kv_len - q_len if call.q_offset is None else int(call.q_offset.expand(len(call.q))[b])
+        )
         first_row = min(max(first - offset, 0), q_len) if call.causal else 0
         return cls(
             q=call.q[b].to(dtype),
@@ -143,7 +147,9 @@ class _Request:
 
     def diagonal(self, rows: slice, block_k: int) -> range:
         """The key blocks that the causal diagonal crosses in `rows`."""
-        return range((self.offset + rows.start) // block_k, (self.offset + rows.stop - 1) // block_k + 1)
+        return range(
+            (self.offset + rows.start) // block_k, (self.offset + rows.stop - 1) // block_k + 1
+        )
 
     def attend(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax over the remaining scores times v: out `[Hq, R, Dv]` and lse `[Hq, R]`."""
@@ -227,7 +233,9 @@ def _decide(
     blocks = _to_blocks(scores, geometry.block_k, -math.inf)  # [voters, rows, NK, block_k]
     block_max, block_lse = blocks.amax(-1), blocks.logsumexp(-1)
     log_block_k = math.log(geometry.block_k)
-    skipped = torch.zeros((scores.shape[0], blocks.shape[2]), dtype=torch.bool, device=scores.device)
+    skipped = torch.zeros(
+        (scores.shape[0], blocks.shape[2]), dtype=torch.bool, device=scores.device
+    )
     nothing = torch.full(scores.shape[:2], -math.inf, dtype=scores.dtype, device=scores.device)
     seen = visible.nonzero().flatten().tolist()
     seed, splits = _visit_order(seen, geometry, diagonal, split)
