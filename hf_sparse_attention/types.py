@@ -1,8 +1,10 @@
-"""The vocabulary of the package: what is asked (`AttentionCall`), when a block may be skipped
-(`SkipRule`), how the score matrix is cut (`BlockGeometry`) and what comes back (`AttentionResult`).
+"""The vocabulary of the package.
 
-Letters used in every shape: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv the GQA group,
-Lq queries, Lk keys, D head size of q and k, Dv head size of v, NQ block rows, NK key blocks.
+`AttentionCall` is what is asked, `SkipRule` when a block may be skipped, `BlockGeometry` how the score
+matrix is cut, and `AttentionResult` what comes back.
+
+Letters used in every shape: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv the GQA
+group, Lq queries, Lk keys, D head size of q and k, Dv head size of v, NQ block rows, NK key blocks.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ Order = Literal["sink_diagonal", "ascending", "descending"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-#: A call with at most this many queries against a longer key sequence is decoding (one new token, or
-#: a few that speculative decoding verifies). Each of its positions is decided by itself, so the
+#: A call with at most this many queries against a longer key sequence is decoding: one new token, or
+#: the few that speculative decoding verifies. Each of its positions is decided by itself, so the
 #: thresholds fitted for one new token hold for all of them.
 DECODE_MAX_QUERIES = 8
 
@@ -28,11 +30,11 @@ DECODE_MAX_QUERIES = 8
 class BlockGeometry:
     """How scores are cut into blocks and in which order a block row visits them.
 
-    Part of the meaning of a threshold: the same threshold skips other blocks under another geometry.
+    Part of a threshold's meaning: the same threshold skips other blocks under another geometry.
 
     Args:
-        block_q: query rows of one head that vote together in prefill. In decode the rows that vote
-            together are the G query heads of one key/value head at one position, whatever `block_q`.
+        block_q: query rows of one head that vote together in prefill. In decode the G query heads
+            of one key/value head vote together at one position, whatever `block_q`.
         block_k: keys in a block.
         order: `sink_diagonal` visits block 0, then the blocks that the causal diagonal crosses,
             then the others ascending; `ascending` and `descending` are for experiments.
@@ -62,19 +64,19 @@ class BlockGeometry:
 
 @dataclass(frozen=True)
 class SkipRule:
-    """When a block may be skipped. A block is skipped only if **every** condition given here agrees.
+    """When a block may be skipped: only if **every** condition given here agrees.
 
     All tensors are float32 and broadcast over the dimensions of size 1, so that a rule can hold for
     everything, for one head, or for one request. They are tensors, not numbers, so that a compiled
     graph can change them without recompiling.
 
     Args:
-        log_lambda: `[B|1, Hq|1]`, BLASST: skip if `m_new_i - m_i < log_lambda` for all rows i of the
-            block; each < 0 (`-inf` never skips).
+        log_lambda: `[B|1, Hq|1]`, BLASST: skip if `m_new_i - m_i < log_lambda` for all rows i of
+            the block; each < 0 (`-inf` never skips).
         block_threshold: `[B|1, Hq|1, NQ|1]`, BSFA: skip if `max_j s_ij < block_threshold` for all
             rows; never on the causal diagonal.
-        max_dropped_mass: `[B|1, Hq|1]`, the budget eps >= 0: skip only while the bound c on the mass
-            dropped so far, this block included, is at most `eps * l` for every row.
+        max_dropped_mass: `[B|1, Hq|1]`, the budget eps >= 0: skip only while the bound c on the
+            mass dropped so far, this block included, is at most `eps * l` for every row.
         keep_sink: with `block_threshold`, never skip block 0. Ours: the paper's rule may drop the
             attention sink, which costs far more accuracy than it saves time.
     """
@@ -145,7 +147,7 @@ class AttentionCall:
         causal: row r sees columns <= `q_offset + r`.
         q_offset: column of query row 0, int64 `[1]` or `[B]`; None is `Lk - Lq` (bottom-right
             aligned). Needed where keys stand beyond the last query: static caches.
-        key_valid: bool `[B, Lk]`, False for padding and for unwritten cache slots; None is all True.
+        key_valid: bool `[B, Lk]`, False for padding and unwritten cache slots; None is all True.
         window: a row sees columns > position - `window` only; needs `causal`.
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: `[Hq]` logits that join every softmax's denominator but have no value (gpt-oss).
@@ -192,16 +194,16 @@ class AttentionResult:
 
     Args:
         out: `[B, Lq, Hq, Dv]`, contiguous, in q's dtype. Rows that see no key are 0.
-        lse: `[B, Hq, Lq]` float32, natural log of the softmax denominator over the kept blocks (sinks
-            included); -inf for rows that see nothing. None from the dense backend.
+        lse: `[B, Hq, Lq]` float32, natural log of the softmax denominator over the kept blocks
+            (sinks included); -inf for rows that see nothing. None from the dense backend.
         counts: int64 `[B, Hq, 2]`: blocks visited (they hold a visible key) and of these, skipped.
             None from the dense backend, which has no blocks.
-        skips: on request, uint8 `[B, H', NQ, ceil(NK / 8)]`: bit j % 8 of byte j // 8 is 1 if block j
-            was skipped. Prefill: H' = Hq and NQ = ceil(Lq / block_q). Decode: H' = Hkv, NQ = Lq.
-            Both grids start at the request's own first valid key and at the first query that may
-            see it, so that a left-padded request decides exactly as it would alone.
-        dropped_mass: on request, `[B, Hq, Lq]` float32, the certificate: an upper bound `c / (l + c)`
-            on the share of the row's softmax mass that was dropped.
+        skips: on request, uint8 `[B, H', NQ, ceil(NK / 8)]`: bit j % 8 of byte j // 8 is 1 if
+            block j was skipped. Prefill: H' = Hq and NQ = ceil(Lq / block_q). Decode: H' = Hkv and
+            NQ = Lq. Both grids start at the request's own first valid key and at the first query
+            that may see it, so that a left-padded request decides exactly as it would alone.
+        dropped_mass: on request, `[B, Hq, Lq]` float32, the certificate: an upper bound
+            `c / (l + c)` on the share of the row's softmax mass that was dropped.
     """
 
     out: Tensor
