@@ -40,7 +40,7 @@ def block_skip_attention(
         q: `[B, Hq, Lq, D]`, float16, bfloat16, float32 or (reference only) float64.
         k: `[B, Hkv, Lk, D]`; Hq is a multiple of Hkv.
         v: `[B, Hkv, Lk, Dv]`.
-        rule: `SkipRule.blasst(lam)`, `.bsfa(threshold)`, `.budget(eps)`, `.never()` or a combination.
+        rule: `SkipRule.blasst(lam)`, `.bsfa(threshold)`, `.budget(eps)`, `.never()`, or several.
         causal: query row r sees key columns up to `r + (Lk - Lq)` (bottom-right aligned).
         scale: factor on the scores; None is `D ** -0.5`.
         window: a query sees only its newest `window` keys; None is all.

@@ -1,7 +1,7 @@
 """The vocabulary of the package.
 
-`AttentionCall` is what is asked, `SkipRule` when a block may be skipped, `BlockGeometry` how the score
-matrix is cut, and `AttentionResult` what comes back.
+`AttentionCall` is what is asked, `SkipRule` when a block may be skipped, `BlockGeometry` how the
+score matrix is cut, and `AttentionResult` what comes back.
 
 Letters used in every shape: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv the GQA
 group, Lq queries, Lk keys, D head size of q and k, Dv head size of v, NQ block rows, NK key blocks.
@@ -20,9 +20,9 @@ Order = Literal["sink_diagonal", "ascending", "descending"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-#: A call with at most this many queries against a longer key sequence is decoding: one new token, or
-#: the few that speculative decoding verifies. Each of its positions is decided by itself, so the
-#: thresholds fitted for one new token hold for all of them.
+#: A call with at most this many queries against a longer key sequence is decoding: one new token,
+#: or the few that speculative decoding verifies. Each of its positions is decided by itself, so
+#: the thresholds fitted for one new token hold for all of them.
 DECODE_MAX_QUERIES = 8
 
 

@@ -35,7 +35,7 @@ class Backend(Protocol):
     ) -> AttentionResult: ...
 
 
-#: In the order in which "auto" tries them. The reference keeps the rules, if slowly; dense keeps none.
+#: In the order in which "auto" tries them. The reference keeps the rules, slowly; dense has none.
 BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, reference, dense)}
 
 

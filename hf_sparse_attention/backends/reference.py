@@ -1,9 +1,9 @@
 """The specification as code: block-skipping attention in plain torch. Short, slow, obviously right.
 
-Float64 inputs are computed in float64, everything else in float32. Running sums are kept as logarithms,
-so that no rescaling hides the rules. Gradients come from autograd: the decisions are constants, so they
-are those of the forward that was really computed. Memory grows with `Hq * block_q * Lk`, not with
-`Lq * Lk` (unless autograd keeps the graph).
+Float64 inputs are computed in float64, everything else in float32. Running sums are kept as
+logarithms, so that no rescaling hides the rules. Gradients come from autograd: the decisions are
+constants, so they are those of the forward that was really computed. Memory grows with
+`Hq * block_q * Lk`, not with `Lq * Lk` (unless autograd keeps the graph).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _Request:
         )
 
     def scores(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Scores of `rows`, `[Hq, R, K]`, -inf where a key is not visible, and `visible` `[R, K]`."""
+        """Scores of `rows`, `[Hq, R, K]`, -inf where `visible`, bool `[R, K]`, says so."""
         call = self.call
         scores = call.scale * self.q[:, rows] @ self.k.transpose(1, 2)
         if call.softcap is not None:
@@ -200,8 +200,11 @@ class _RowRule:
         return self.log_lambda is None and self.threshold is None and self.log_eps is None
 
     def allows(self, m_new: Tensor, m: Tensor, log_l: Tensor, log_c: Tensor) -> Tensor:
-        """Which rows `[voters, rows]` agree to skip a block with row maxima `m_new`, given the running
-        max `m`, mass `log_l` and, this block included, the bound `log_c` on what was dropped."""
+        """Which rows `[voters, rows]` agree to skip a block with row maxima `m_new`.
+
+        `m` is the running max, `log_l` the mass kept so far, and `log_c` the bound on what was
+        dropped, this block included.
+        """
         agrees = torch.ones_like(m_new, dtype=torch.bool)
         if self.log_lambda is not None:
             agrees &= m_new - m < self.log_lambda
@@ -266,8 +269,11 @@ def _decide(
 def _visit_order(
     seen: list[int], geometry: BlockGeometry, diagonal: range, split: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """The blocks `seen` in the order of `geometry`: a seed that is never skipped (decode only), and the
-    splits that follow it independently of each other (prefill: a single one)."""
+    """The blocks `seen` in the order of `geometry`.
+
+    A seed that is never skipped (decode only), and the splits that follow it independently of each
+    other (prefill: a single one).
+    """
     if geometry.order == "ascending":
         return [], [seen]
     if geometry.order == "descending":
@@ -286,11 +292,11 @@ def _to_blocks(x: Tensor, block_k: int, fill: float | bool) -> Tensor:
     """`[..., K]` to `[..., NK, block_k]`, padded with `fill`."""
     padding = -x.shape[-1] % block_k
     x = torch.nn.functional.pad(x, (0, padding), value=fill)
-    return x.unflatten(-1, (-1, block_k))
+    return x.reshape(*x.shape[:-1], -1, block_k)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """bool `[..., N]` to uint8 `[..., ceil(N / 8)]`: bit j % 8 of byte j // 8 is element j."""
+    """Bool `[..., N]` to uint8 `[..., ceil(N / 8)]`: bit j % 8 of byte j // 8 is element j."""
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (_to_blocks(bits, 8, False).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
 
