@@ -1,8 +1,8 @@
 """Exact attention, no skipping: torch's SDPA where it can, explicit math where it cannot.
 
-The last resort of `auto`: it takes every call, arbitrary masks and dropout included. Every use of it
-in place of a skipping backend is counted by the caller. Memory is linear in the length: where a mask
-must be written out, that is done for a few rows at a time.
+The last resort of `auto`: it takes every call, arbitrary masks and dropout included. Every use of
+it in place of a skipping backend is counted by the caller. Memory is linear in the length: where a
+mask must be written out, that is done for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _sdpa(call: AttentionCall, q: Tensor, mask: Tensor | None) -> Tensor:
     k, v, group = call.k, call.v, call.group
     causal = mask is None and call.causal and q.shape[2] > 1
     if group > 1 and q.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
-        # Decode: the group's heads as rows of one query, on a CPU many times faster than enable_gqa.
+        # Decode: the group's heads as rows of one query; far faster than enable_gqa on a CPU.
         folded = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         out = scaled_dot_product_attention(
             folded, k, v, mask, call.dropout, False, scale=call.scale

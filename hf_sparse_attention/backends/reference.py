@@ -292,7 +292,7 @@ def _to_blocks(x: Tensor, block_k: int, fill: float | bool) -> Tensor:
     """`[..., K]` to `[..., NK, block_k]`, padded with `fill`."""
     padding = -x.shape[-1] % block_k
     x = torch.nn.functional.pad(x, (0, padding), value=fill)
-    return x.reshape(*x.shape[:-1], -1, block_k)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block_k, block_k)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
