@@ -1,0 +1,264 @@
+"""`SparseAttentionConfig`: all the settings of a model's sparse attention, and where they are kept.
+
+Scalars live in the model's config.json under `sparse_attention_config` (`config_schema.py`), tables
+in a safetensors file beside it (`thresholds.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hf_sparse_attention import config_schema
+from hf_sparse_attention import config_values as values
+from hf_sparse_attention.config_schema import CONFIG_KEY
+from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds, write_atomically
+from hf_sparse_attention.types import BlockGeometry, Phase
+
+MethodName = Literal["blasst", "bsfa"]
+METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """How a model's attention skips blocks. A value: to change one, `dataclasses.replace` it.
+
+    A setting by phase may be given as one number for both phases; it is kept as
+    `{"prefill": x, "decode": y}`, and a phase that is absent is not set.
+
+    Args:
+        method: `"blasst"` (relative rule) or `"bsfa"` (calibrated absolute thresholds).
+        threshold_scale_factor: BLASST, by phase: `{"a", "b"}` of `a * exp(b * target_sparsity)`,
+            and lambda is that over the number of keys. A plain number x means a = x, b = 0; 0 never
+            skips.
+        target_sparsity: BLASST, by phase, in [0, 1): the share of blocks to skip.
+        max_dropped_mass: by phase, the budget eps >= 0: at most `eps / (1 + eps)` of any row's
+            softmax mass is dropped. On top of thresholds, both conditions must agree.
+        level: BSFA's k, how many blocks that compete are kept; one of `levels`. None: the largest.
+        levels: the k that were calibrated.
+        geometry: the blocks that the thresholds were calibrated on, and that run.
+        targets: names of the attention classes to run sparse; empty is all.
+        ignore: names of modules that stay dense.
+        min_length: requests with fewer keys run dense; None: no limit.
+        backend: one of `available_backends()`, or "auto".
+        keep_sink: BSFA, ours: never skip block 0.
+        thresholds_file: `{"name", "sha256"}` of the table file beside config.json.
+        provenance: how it was calibrated; JSON-ready, for people.
+        schema_version: of our part of the JSON.
+        tables: BSFA's thresholds in memory; in the table file, not in JSON.
+
+    Raises:
+        ValueError: for a value out of its range; the message says what was expected and what was
+            got.
+    """
+
+    method: MethodName = "blasst"
+    threshold_scale_factor: dict[Phase, dict[str, float]] | None = None
+    target_sparsity: dict[Phase, float] | None = None
+    max_dropped_mass: dict[Phase, float] | None = None
+    level: int | None = None
+    levels: list[int] = field(default_factory=list)
+    geometry: BlockGeometry = BlockGeometry()
+    targets: list[str] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+    min_length: int | None = None
+    backend: str = "auto"
+    keep_sink: bool = True
+    thresholds_file: dict[str, str] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = config_schema.SCHEMA_VERSION
+    tables: Thresholds | None = field(default=None, repr=False, compare=False)
+    #: What a method made of these settings for a device, by device; see `Method.prepare`.
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.method not in METHOD_NAMES:
+            raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {self.method!r}")
+        if self.schema_version != config_schema.SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version: expected {config_schema.SCHEMA_VERSION}, got {self.schema_version!r}"
+            )
+        put("threshold_scale_factor", values.factors(self.threshold_scale_factor))
+        put("target_sparsity", values.by_phase("target_sparsity", self.target_sparsity, below=1.0))
+        put("max_dropped_mass", values.by_phase("max_dropped_mass", self.max_dropped_mass))
+        put("geometry", values.geometry(self.geometry))
+        if self.min_length is not None:
+            values.integer("min_length", self.min_length, least=0)
+        if not isinstance(self.backend, str) or not self.backend:
+            raise ValueError(f"backend: expected a backend's name or 'auto', got {self.backend!r}")
+        if not isinstance(self.keep_sink, bool):
+            raise ValueError(f"keep_sink: expected True or False, got {self.keep_sink!r}")
+        for name in ("targets", "ignore"):
+            names = getattr(self, name)
+            if isinstance(names, str) or not all(isinstance(x, str) for x in names):
+                raise ValueError(f"{name}: expected a list of names, got {names!r}")
+            put(name, list(names))
+        if self.thresholds_file is not None and set(self.thresholds_file) != {"name", "sha256"}:
+            raise ValueError(
+                f"thresholds_file: expected 'name' and 'sha256', got {self.thresholds_file!r}"
+            )
+        self._check_levels(put)
+
+    def _check_levels(self, put: Any) -> None:
+        levels = list(self.tables.levels) if self.tables is not None else list(self.levels)
+        for k in levels:
+            values.integer("levels", k, least=1)
+        put("levels", levels)
+        if self.level is not None:
+            values.integer("level", self.level, least=1)
+            if levels and self.level not in levels:
+                raise ValueError(f"level: expected one of {levels}, got {self.level}")
+
+    def scale_factor(self, phase: Phase) -> float | None:
+        """`a * exp(b * target_sparsity)` for `phase`, or None if the phase is not calibrated.
+
+        Raises:
+            ValueError: if the factor depends on a target sparsity that is not set.
+        """
+        fit = (self.threshold_scale_factor or {}).get(phase)
+        if fit is None:
+            return None
+        target = (self.target_sparsity or {}).get(phase)
+        if target is None and fit["b"] != 0 and fit["a"] != 0:
+            raise ValueError(
+                f"target_sparsity: expected a value in [0, 1) for {phase}, whose threshold_scale_factor "
+                f"depends on it ({fit}), got none"
+            )
+        return fit["a"] * math.exp(min(fit["b"] * (target or 0.0), 700.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-ready dict that stands under `sparse_attention_config` in config.json."""
+        skip = {"tables", "prepared"}
+        fields = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip
+        }
+        return config_schema.write({**fields, "geometry": asdict(self.geometry)})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:
+        """Reads `to_dict`'s form, ModelOpt's, and the variants of it in use.
+
+        Raises:
+            ValueError: for unknown keys of ours, a newer schema or values out of range.
+        """
+        return cls(**config_schema.read(data))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Puts the settings into `folder`'s config.json and the tables beside it, each atomically.
+
+        Raises:
+            ValueError: if config.json uses the key for something else, as a few models do.
+        """
+        file = Path(folder) / "config.json"
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        present = content.get(CONFIG_KEY)
+        if present is not None and not config_schema.is_ours(present):
+            raise ValueError(
+                f"{file}: expected {CONFIG_KEY!r} to be absent or ours to replace, got a "
+                f"{type(present).__name__} that the model itself consumes"
+            )
+        saved = self
+        if (
+            self.tables is not None
+        ):  # first the table, so that config.json never names a missing file
+            saved = replace(self, thresholds_file=self.tables.save(folder))
+        content[CONFIG_KEY] = saved.to_dict()
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        write_atomically(file, text.encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, **download: Any
+    ) -> SparseAttentionConfig:
+        """Reads the settings, tables included, of a local folder or a Hub repository.
+
+        Args:
+            source: a folder, or a repository such as `"org/model"`.
+            revision: branch, tag or commit of the repository.
+            download: more arguments of `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, ...
+
+        Raises:
+            FileNotFoundError: there is no config.json, or not the table file that it names.
+            ValueError: config.json holds no settings, or settings or tables are bad.
+        """
+        file = _fetch(source, "config.json", revision=revision, **download)
+        content = json.loads(file.read_text("utf-8"))
+        if CONFIG_KEY not in content:
+            raise ValueError(f"{file}: expected the key {CONFIG_KEY!r}, got {sorted(content)}")
+        config = cls.from_dict(content[CONFIG_KEY])
+        fingerprint = ModelFingerprint.of(content)
+        return config.load_tables(source, fingerprint=fingerprint, revision=revision, **download)
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> SparseAttentionConfig | None:
+        """The settings that a transformers model config carries, or None. Never goes to the network:
+        tables are read from the local folder or the Hub cache that the model came from, if it is
+        there.
+
+        Raises:
+            ValueError, FileNotFoundError: settings are there, but bad, or their table file is
+            missing.
+        """
+        data = getattr(config, CONFIG_KEY, None)
+        if not config_schema.is_ours(data):
+            return None
+        assert isinstance(data, Mapping)
+        settings = cls.from_dict(data)
+        source = getattr(config, "_name_or_path", "")
+        if settings.thresholds_file is None or not source:
+            return settings
+        try:
+            return settings.load_tables(
+                source, fingerprint=ModelFingerprint.of(config), local_files_only=True
+            )
+        except FileNotFoundError:
+            if Path(source).is_dir():
+                raise
+            return settings  # not in the cache; the method says what to do when it needs them
+
+    def load_tables(
+        self,
+        source: str | Path,
+        *,
+        fingerprint: ModelFingerprint | None = None,
+        revision: str | None = None,
+        **download: Any,
+    ) -> SparseAttentionConfig:
+        """These settings with the tables that `thresholds_file` names, taken from `source` and checked
+        against its sha256 and `fingerprint`; the settings themselves if they name none.
+        """
+        if self.thresholds_file is None:
+            return self
+        name = self.thresholds_file["name"]
+        if Path(name).name != name:
+            raise ValueError(f"thresholds_file: expected a plain file name, got {name!r}")
+        file = _fetch(source, name, revision=revision, **download)
+        tables = Thresholds.load(
+            file, sha256=self.thresholds_file["sha256"], fingerprint=fingerprint
+        )
+        return replace(self, tables=tables)
+
+
+def _fetch(source: str | Path, name: str, *, revision: str | None, **download: Any) -> Path:
+    """The local path of `source`'s file `name`; a Hub repository's is downloaded or found in the cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: expected this file, found none")
+        return folder / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(str(source), name, revision=revision, **download))
+    except (EntryNotFoundError, HFValidationError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name}: expected it in a folder or Hub repository {str(source)!r}, found none ({error})"
+        ) from error

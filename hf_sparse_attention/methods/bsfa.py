@@ -1,0 +1,114 @@
+"""Block-Sparse FlashAttention (arXiv 2512.07011, section 4): skip a block whose largest score lies below
+a threshold calibrated for its layer, head and query position, so that about k blocks are kept.
+
+Positions are the request's own, so padding, chunked prefill and static caches meet the thresholds
+that an unpadded request would; a block row that a chunk boundary has shifted takes those of the
+calibrated row its first query falls into. Positions past the calibrated ones reuse the last
+(section 4.3). Ours: decode has thresholds of its own, and block 0, the attention sink, is always
+kept unless `keep_sink` is off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attention.config import SparseAttentionConfig
+from hf_sparse_attention.methods.base import Method, end_of_causal, first_key
+from hf_sparse_attention.thresholds import Thresholds
+from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
+
+
+class Bsfa(Method):
+    """The absolute rule; it needs thresholds of this very model."""
+
+    name = "bsfa"
+
+    def check(self, config: SparseAttentionConfig) -> None:
+        """Refuses missing thresholds, another geometry than theirs, and a level they do not have."""
+        tables = _tables(config)
+        if config.geometry != tables.geometry:
+            raise ValueError(
+                f"geometry: expected {_describe(tables.geometry)}, on which the thresholds were "
+                f"calibrated, got {_describe(config.geometry)}; the same thresholds skip other blocks there"
+            )
+        if config.keep_sink != tables.keep_sink:
+            raise ValueError(
+                f"keep_sink: expected {tables.keep_sink}, with which the thresholds were calibrated, "
+                f"got {config.keep_sink}"
+            )
+        if config.level is not None:
+            tables.level_index(config.level)
+
+    def notes(self, config: SparseAttentionConfig) -> list[str]:
+        """Says when decoding will be exact because it was not calibrated."""
+        if _tables(config).decode is None and "decode" not in (config.max_dropped_mass or {}):
+            return ["bsfa: these thresholds are for prefill only; decoding skips nothing."]
+        return []
+
+    def rule(self, config: SparseAttentionConfig, layer: int, call: AttentionCall) -> SkipRule:
+        """`block_threshold` `[B|1, Hq, NQ]` for a calibrated phase, and the budget if there is one."""
+        prepared = self.prepare(config, call.q.device)
+        budget = prepared.get(f"{call.phase}.max_dropped_mass")
+        table = prepared.get(f"{call.phase}.threshold")
+        if table is None:
+            return SkipRule(max_dropped_mass=budget, keep_sink=config.keep_sink)
+        heads = call.q.shape[1]
+        if layer >= table.shape[0] or heads > table.shape[1]:
+            raise ValueError(
+                f"thresholds: expected layer {layer} with {heads} heads to be calibrated, got "
+                f"{table.shape[0]} layers with {table.shape[1]} heads; they are another model's"
+            )
+        blocks = row_positions(call, config.geometry) // config.geometry.block_q
+        blocks = blocks.clamp(max=table.shape[2] - 1)  # [B|1, NQ]
+        threshold = table[layer, :heads][:, blocks].transpose(0, 1)
+        return SkipRule(
+            block_threshold=threshold, max_dropped_mass=budget, keep_sink=config.keep_sink
+        )
+
+    def _tensors(self, config: SparseAttentionConfig, device: torch.device) -> dict[str, Tensor]:
+        """Adds `<phase>.threshold` `[layers, heads, blocks]` of the chosen level."""
+        self.check(config)
+        tensors = super()._tensors(config, device)
+        tables = _tables(config)
+        level = max(tables.levels) if config.level is None else config.level
+        for phase, table in tables.tables.items():
+            tensors[f"{phase}.threshold"] = table[tables.level_index(level)].to(device)
+        return tensors
+
+
+def row_positions(call: AttentionCall, geometry: BlockGeometry) -> Tensor:
+    """Position in its own request of the first query of each block row (decode: of each query), int64
+    `[B|1, NQ]`: 0 stands for the first valid key. Rows before it (left padding) are not counted.
+    """
+    q_len = call.q.shape[2]
+    device = call.q.device
+    step = 1 if call.phase == "decode" else geometry.block_q
+    rows = torch.arange(0, q_len, step, device=device)[None]
+    end = end_of_causal(call)
+    offset = (
+        end - q_len if isinstance(end, Tensor) else torch.full((1,), end - q_len, device=device)
+    )
+    first = first_key(call)
+    if first is not None:
+        offset = offset - first
+    return offset.clamp(min=0)[:, None] + rows
+
+
+def _tables(config: SparseAttentionConfig) -> Thresholds:
+    if config.tables is not None:
+        return config.tables
+    if config.thresholds_file is not None:
+        raise ValueError(
+            f"bsfa: expected the thresholds of {config.thresholds_file['name']}, which are not loaded; call "
+            "hf_sparse_attention.load_thresholds(model, repo_or_folder) before the first forward"
+        )
+    raise ValueError(
+        "bsfa: expected thresholds calibrated for this model, got none. Run "
+        "config = hf_sparse_attention.calibrate(model, data, method='bsfa'), with data an iterable of "
+        "token id lists, then hf_sparse_attention.set_sparse_attention(model, config)"
+    )
+
+
+def _describe(geometry: BlockGeometry) -> str:
+    return f"{geometry.name} ({geometry.order}, split_k {geometry.split_k})"
