@@ -1,9 +1,10 @@
 """Puts the built native variants into a wheel, so that its users need no compiler.
 
-`python kernel_hub/build.py` leaves them under kernel_hub/<repo>/build/<variant>/. A wheel carries each
-variant as hf_sparse_attention/_kernels/<variant>/ and is tagged for this platform; with none built it
-is a plain wheel that runs on the reference backend. An editable install finds the checkout's own
-build and copies nothing. HFSA_WHEEL_NATIVE=require fails without a variant, =skip leaves them out.
+`python kernel_hub/build.py` leaves them under kernel_hub/<repo>/build/<variant>/. A wheel carries
+each variant as hf_sparse_attention/_kernels/<variant>/ and is tagged for this platform; with none
+built it is a plain wheel that runs on the reference backend. An editable install finds the
+checkout's own build and copies nothing. HFSA_WHEEL_NATIVE=require fails without a variant, =skip
+leaves them out.
 """
 
 import os

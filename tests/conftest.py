@@ -1,4 +1,4 @@
-"""What every test gets: one torch thread a worker, a fixed seed, and `gpu` tests skipped without a GPU."""
+"""For every test: one torch thread a worker, a fixed seed, no `gpu` tests without a GPU."""
 
 import pytest
 import torch
