@@ -62,7 +62,7 @@ class SparseAttentionConfig:
     max_dropped_mass: dict[Phase, float] | None = None
     level: int | None = None
     levels: list[int] = field(default_factory=list)
-    geometry: BlockGeometry = BlockGeometry()
+    geometry: BlockGeometry = field(default_factory=BlockGeometry)
     targets: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     min_length: int | None = None
@@ -83,7 +83,8 @@ class SparseAttentionConfig:
             raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {self.method!r}")
         if self.schema_version != config_schema.SCHEMA_VERSION:
             raise ValueError(
-                f"schema_version: expected {config_schema.SCHEMA_VERSION}, got {self.schema_version!r}"
+                f"schema_version: expected {config_schema.SCHEMA_VERSION}, "
+                f"got {self.schema_version!r}"
             )
         put("threshold_scale_factor", values.factors(self.threshold_scale_factor))
         put("target_sparsity", values.by_phase("target_sparsity", self.target_sparsity, below=1.0))
@@ -128,8 +129,8 @@ class SparseAttentionConfig:
         target = (self.target_sparsity or {}).get(phase)
         if target is None and fit["b"] != 0 and fit["a"] != 0:
             raise ValueError(
-                f"target_sparsity: expected a value in [0, 1) for {phase}, whose threshold_scale_factor "
-                f"depends on it ({fit}), got none"
+                f"target_sparsity: expected a value in [0, 1) for {phase}, whose "
+                f"threshold_scale_factor {fit} depends on it, got none"
             )
         return fit["a"] * math.exp(min(fit["b"] * (target or 0.0), 700.0))
 
@@ -198,9 +199,10 @@ class SparseAttentionConfig:
 
     @classmethod
     def from_model_config(cls, config: Any) -> SparseAttentionConfig | None:
-        """The settings that a transformers model config carries, or None. Never goes to the network:
-        tables are read from the local folder or the Hub cache that the model came from, if it is
-        there.
+        """The settings that a transformers model config carries, or None.
+
+        Never goes to the network: tables are read from the local folder or from the Hub cache that
+        the model came from.
 
         Raises:
             ValueError, FileNotFoundError: settings are there, but bad, or their table file is
@@ -231,8 +233,9 @@ class SparseAttentionConfig:
         revision: str | None = None,
         **download: Any,
     ) -> SparseAttentionConfig:
-        """These settings with the tables that `thresholds_file` names, taken from `source` and checked
-        against its sha256 and `fingerprint`; the settings themselves if they name none.
+        """These settings with the tables that `thresholds_file` names, if it names any.
+
+        They are taken from `source`, and checked against the pinned sha256 and `fingerprint`.
         """
         if self.thresholds_file is None:
             return self
@@ -247,7 +250,7 @@ class SparseAttentionConfig:
 
 
 def _fetch(source: str | Path, name: str, *, revision: str | None, **download: Any) -> Path:
-    """The local path of `source`'s file `name`; a Hub repository's is downloaded or found in the cache."""
+    """The local path of `source`'s file `name`, downloaded if `source` is a Hub repository."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / name).is_file():
@@ -260,5 +263,6 @@ def _fetch(source: str | Path, name: str, *, revision: str | None, **download: A
         return Path(hf_hub_download(str(source), name, revision=revision, **download))
     except (EntryNotFoundError, HFValidationError, FileNotFoundError) as error:
         raise FileNotFoundError(
-            f"{name}: expected it in a folder or Hub repository {str(source)!r}, found none ({error})"
+            f"{name}: expected it in the folder or Hub repository {str(source)!r}, found none "
+            f"({error})"
         ) from error

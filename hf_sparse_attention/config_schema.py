@@ -40,8 +40,9 @@ _OWN = (
 
 
 def is_ours(data: object) -> bool:
-    """Whether `data` is a `sparse_attention_config` of ours or ModelOpt's: a few models use the key for
-    settings of their own, which are none of our business.
+    """Whether `data` is a `sparse_attention_config` of ours or ModelOpt's.
+
+    A few models use that key for settings of their own, which are none of our business.
     """
     if not isinstance(data, Mapping):
         return False
@@ -138,7 +139,8 @@ def _read_factors(factors: Any) -> dict[str, Any]:
     formula = factors.get("formula", FORMULA)
     if formula not in (FORMULA, LOG_FORMULA):
         raise ValueError(
-            f"threshold_scale_factor.formula: expected {FORMULA!r} or {LOG_FORMULA!r}, got {formula!r}"
+            f"threshold_scale_factor.formula: expected {FORMULA!r} or {LOG_FORMULA!r}, "
+            f"got {formula!r}"
         )
     read: dict[str, Any] = {}
     for phase, value in factors.items():

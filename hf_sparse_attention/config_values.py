@@ -1,4 +1,4 @@
-"""Checks of single values in a config: each names the setting, what was expected and what was got."""
+"""Checks of single values in a config: each error names the setting, expected and got."""
 
 from __future__ import annotations
 

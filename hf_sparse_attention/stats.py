@@ -38,7 +38,8 @@ def collect_stats(model: nn.Module, *, dropped_mass: bool = True) -> Iterator[St
     modules = list(model.modules())
     if any(ATTRIBUTE in module.__dict__ for module in modules):
         raise RuntimeError(
-            "collect_stats: expected a model without collection, got one inside another collect_stats"
+            "collect_stats: expected a model whose stats nobody collects, got one inside another"
+            " collect_stats"
         )
     stats = Stats(wants_dropped_mass=dropped_mass)
     # Straight into __dict__: wrappers such as compiled modules pass attributes on to what they
@@ -102,7 +103,7 @@ class Stats:
         return {key[1]: x.cpu() for key, x in sorted(self._counts.items()) if key[0] == phase}
 
     def sparsity(self, phase: Phase | None = None) -> float:
-        """The share of visited blocks that was skipped, in `phase` or in both; 0 if none was visited.
+        """The share of visited blocks that was skipped, in `phase` or in both; 0 if none was.
 
         Raises:
             ValueError: `phase` is no phase.
@@ -198,7 +199,7 @@ class Stats:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Saves a picture of the sparsity, layers by heads, one panel a phase; the suffix is the format.
+        """Saves a heat map of the sparsity, layers by heads, one panel a phase.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -208,7 +209,8 @@ class Stats:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                "Stats.plot: expected matplotlib, found none; pip install 'hf-sparse-attention[plots]'"
+                "Stats.plot: expected matplotlib, found none; "
+                "pip install 'hf-sparse-attention[plots]'"
             ) from error
         maps = {phase: _heat_map(self.counts(phase)) for phase in PHASES if self.counts(phase)}
         if not maps:

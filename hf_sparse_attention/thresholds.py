@@ -115,8 +115,8 @@ class Thresholds:
                 raise ValueError(f"{phase} thresholds: expected numbers or -inf, got NaN")
             if table.shape[1:3] != self.prefill.shape[1:3]:
                 raise ValueError(
-                    f"{phase} thresholds: expected layers and heads {list(self.prefill.shape[1:3])} "
-                    f"as in prefill, got {list(table.shape[1:3])}"
+                    f"{phase} thresholds: expected layers and heads as in prefill, "
+                    f"{list(self.prefill.shape[1:3])}, got {list(table.shape[1:3])}"
                 )
 
     @property
@@ -181,8 +181,8 @@ class Thresholds:
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256.lower():
             raise ValueError(
-                f"{file}: expected sha256 {sha256} as config.json pins it, found {found}; the file was "
-                "changed, cut short, or belongs to another calibration"
+                f"{file}: expected sha256 {sha256} as config.json pins it, found {found}; the file "
+                "was changed, cut short, or belongs to another calibration"
             )
         try:
             thresholds = cls._parse(data)

@@ -23,6 +23,7 @@ class Method(ABC):
 
     name: ClassVar[str]
 
+    @abstractmethod
     def check(self, config: SparseAttentionConfig) -> None:
         """Refuses a config that this method cannot run.
 
@@ -30,9 +31,9 @@ class Method(ABC):
             ValueError: says what is missing and what to call.
         """
 
+    @abstractmethod
     def notes(self, config: SparseAttentionConfig) -> list[str]:
         """What a user of this config should be told once, such as that it is not calibrated."""
-        return []
 
     @abstractmethod
     def rule(self, config: SparseAttentionConfig, layer: int, call: AttentionCall) -> SkipRule:

@@ -1,4 +1,4 @@
-"""BLASST (arXiv 2512.12087): skip a block whose scores all lie far below the running max of their row.
+"""BLASST (arXiv 2512.12087): skip a block whose scores lie far below their row's running max.
 
 lambda = scale_factor / L with `scale_factor = a * exp(b * target_sparsity)`: the longer the
 request, the smaller each key's share of the softmax mass, and the lower the bar. L is the request's
@@ -42,14 +42,20 @@ class Blasst(Method):
         ]
         if not phases:
             return []
-        return [
-            f"blasst is not calibrated for {' and '.join(phases)}: skipping only blocks that together "
-            f"weigh at most max_dropped_mass={DEFAULT_MAX_DROPPED_MASS} of a row's softmax mass. For more "
-            "speed, run hf_sparse_attention.calibrate(model, data, method='blasst'), or choose with "
-            "hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
-        ]
+        note = (
+            f"blasst is not calibrated for {' and '.join(phases)}: it skips only blocks that weigh "
+            f"at most max_dropped_mass={DEFAULT_MAX_DROPPED_MASS} of a row's softmax mass together. "
+            "For more speed, run hf_sparse_attention.calibrate(model, data, method='blasst'), or "
+            "choose with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
+        )
+        return [note]
 
-    def rule(self, config: SparseAttentionConfig, layer: int, call: AttentionCall) -> SkipRule:
+    def rule(
+        self,
+        config: SparseAttentionConfig,
+        layer: int,  # noqa: ARG002 - one lambda for all layers
+        call: AttentionCall,
+    ) -> SkipRule:
         """`log_lambda` `[B|1, 1]` for a calibrated phase, and the budget if there is one."""
         prepared = self.prepare(config, call.q.device)
         log_factor = prepared.get(f"{call.phase}.log_factor")

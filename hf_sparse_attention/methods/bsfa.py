@@ -1,5 +1,7 @@
-"""Block-Sparse FlashAttention (arXiv 2512.07011, section 4): skip a block whose largest score lies below
-a threshold calibrated for its layer, head and query position, so that about k blocks are kept.
+"""Block-Sparse FlashAttention (arXiv 2512.07011, section 4): keep about k blocks a block row.
+
+A block is skipped if its largest score lies below a threshold that was calibrated for its layer,
+head and query position.
 
 Positions are the request's own, so padding, chunked prefill and static caches meet the thresholds
 that an unpadded request would; a block row that a chunk boundary has shifted takes those of the
@@ -25,17 +27,17 @@ class Bsfa(Method):
     name = "bsfa"
 
     def check(self, config: SparseAttentionConfig) -> None:
-        """Refuses missing thresholds, another geometry than theirs, and a level they do not have."""
+        """Refuses missing thresholds, another geometry than theirs, or a level they lack."""
         tables = _tables(config)
         if config.geometry != tables.geometry:
             raise ValueError(
                 f"geometry: expected {_describe(tables.geometry)}, on which the thresholds were "
-                f"calibrated, got {_describe(config.geometry)}; the same thresholds skip other blocks there"
+                f"calibrated, got {_describe(config.geometry)}; there they skip other blocks"
             )
         if config.keep_sink != tables.keep_sink:
             raise ValueError(
-                f"keep_sink: expected {tables.keep_sink}, with which the thresholds were calibrated, "
-                f"got {config.keep_sink}"
+                f"keep_sink: expected {tables.keep_sink}, as the thresholds were calibrated, got "
+                f"{config.keep_sink}"
             )
         if config.level is not None:
             tables.level_index(config.level)
@@ -47,7 +49,7 @@ class Bsfa(Method):
         return []
 
     def rule(self, config: SparseAttentionConfig, layer: int, call: AttentionCall) -> SkipRule:
-        """`block_threshold` `[B|1, Hq, NQ]` for a calibrated phase, and the budget if there is one."""
+        """`block_threshold` `[B|1, Hq, NQ]` for a calibrated phase, and the budget if any."""
         prepared = self.prepare(config, call.q.device)
         budget = prepared.get(f"{call.phase}.max_dropped_mass")
         table = prepared.get(f"{call.phase}.threshold")
@@ -78,8 +80,9 @@ class Bsfa(Method):
 
 
 def row_positions(call: AttentionCall, geometry: BlockGeometry) -> Tensor:
-    """Position in its own request of the first query of each block row (decode: of each query), int64
-    `[B|1, NQ]`: 0 stands for the first valid key. Rows before it (left padding) are not counted.
+    """Where the first query of each block row (decode: each query) stands in its request.
+
+    int64 `[B|1, NQ]`; position 0 is the first valid key. Rows before it (left padding) are not counted.
     """
     q_len = call.q.shape[2]
     device = call.q.device
@@ -100,12 +103,12 @@ def _tables(config: SparseAttentionConfig) -> Thresholds:
         return config.tables
     if config.thresholds_file is not None:
         raise ValueError(
-            f"bsfa: expected the thresholds of {config.thresholds_file['name']}, which are not loaded; call "
+            f"bsfa: expected the thresholds of {config.thresholds_file['name']} to be loaded; call "
             "hf_sparse_attention.load_thresholds(model, repo_or_folder) before the first forward"
         )
     raise ValueError(
         "bsfa: expected thresholds calibrated for this model, got none. Run "
-        "config = hf_sparse_attention.calibrate(model, data, method='bsfa'), with data an iterable of "
+        "config = hf_sparse_attention.calibrate(model, data, method='bsfa'), data an iterable of "
         "token id lists, then hf_sparse_attention.set_sparse_attention(model, config)"
     )
 
