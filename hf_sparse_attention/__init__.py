@@ -1,0 +1,68 @@
+"""Block-sparse attention for transformers: `attn_implementation="blasst"` or `"bsfa"`.
+
+Importing this package registers both names. It patches nothing, loads no kernel and needs no
+network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_sparse_attention._version import __version__
+from hf_sparse_attention.attention import blasst_attention, bsfa_attention
+from hf_sparse_attention.masks import sparse_attention_mask
+
+if TYPE_CHECKING:
+    from hf_sparse_attention.backends import available_backends
+    from hf_sparse_attention.calibration import calibrate
+    from hf_sparse_attention.config import SparseAttentionConfig
+    from hf_sparse_attention.control import load_thresholds, set_sparse_attention
+    from hf_sparse_attention.functional import block_skip_attention
+    from hf_sparse_attention.stats import collect_stats
+    from hf_sparse_attention.types import BlockGeometry, SkipRule
+
+#: Where each public name comes from; imported when it is first used.
+_HOMES = {
+    "BlockGeometry": "types",
+    "SkipRule": "types",
+    "SparseAttentionConfig": "config",
+    "available_backends": "backends",
+    "block_skip_attention": "functional",
+    "calibrate": "calibration",
+    "collect_stats": "stats",
+    "load_thresholds": "control",
+    "set_sparse_attention": "control",
+}
+
+__all__ = [
+    "BlockGeometry",
+    "SkipRule",
+    "SparseAttentionConfig",
+    "__version__",
+    "available_backends",
+    "block_skip_attention",
+    "calibrate",
+    "collect_stats",
+    "load_thresholds",
+    "set_sparse_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+for _name, _function in (("blasst", blasst_attention), ("bsfa", bsfa_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sparse_attention_mask)

@@ -1,0 +1,232 @@
+"""Changing a live model: method, thresholds, budget, backend, and where the settings are kept."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
+from hf_sparse_attention.config_schema import CONFIG_KEY, is_ours
+from hf_sparse_attention.interface import foreign_message
+from hf_sparse_attention.methods import METHODS
+from hf_sparse_attention.settings import ATTRIBUTE, LayerSettings, announce
+from hf_sparse_attention.thresholds import ModelFingerprint
+from hf_sparse_attention.types import PHASES, Phase
+
+logger = logging.getLogger(__name__)
+
+ByPhase = float | Mapping[Phase, float] | None
+
+
+def set_sparse_attention(
+    model: nn.Module,
+    method: MethodName | SparseAttentionConfig | None = None,
+    *,
+    target_sparsity: ByPhase = None,
+    threshold_scale_factor: ByPhase = None,
+    max_dropped_mass: ByPhase = None,
+    level: int | None = None,
+    backend: str | None = None,
+    min_length: int | None = None,
+) -> SparseAttentionConfig:
+    """Gives a live model block-sparse attention, or changes how it skips.
+
+    What is not mentioned stays as it is. The settings hold for this model only, even if others were
+    made from the same config object: the model gets a copy of its own. `save_pretrained` keeps
+    them. Changing numbers does not recompile a compiled model.
+
+    Args:
+        model: a transformers model, plain or wrapped (PEFT, `torch.compile`).
+        method: `"blasst"`, `"bsfa"`, a whole `SparseAttentionConfig` (as `calibrate` returns), or
+            None for the present one.
+        target_sparsity: BLASST, the share of blocks to skip, in [0, 1); needs a calibrated model.
+        threshold_scale_factor: BLASST, lambda times the number of keys; 0 never skips.
+        max_dropped_mass: budget eps: at most `eps / (1 + eps)` of a row's softmax mass is dropped.
+        level: BSFA's k, one of the calibrated levels.
+        backend: one of `available_backends()`, or "auto" (the default at first).
+        min_length: requests with fewer keys run dense.
+
+    Each number by phase is one for both phases, or `{"prefill": x, "decode": y}`; a phase that is
+    left out stays as it is.
+
+    Returns:
+        The settings that now hold.
+
+    Raises:
+        ValueError: a value is out of its range, the method lacks its calibration, or the model's
+            attention cannot be reached; the message names what was expected and what was got.
+    """
+    pretrained = _pretrained(model)
+    _check_reachable(pretrained)
+    if isinstance(method, SparseAttentionConfig):
+        config = method
+    elif method is None or method in METHOD_NAMES:
+        config = _present(pretrained, method)
+    else:
+        valid = ", ".join(repr(name) for name in get_args(MethodName))
+        raise ValueError(f"method: expected one of {valid} or a config, got {method!r}")
+    changes: dict[str, Any] = {
+        "target_sparsity": _merged(config.target_sparsity, target_sparsity),
+        "threshold_scale_factor": _merged(config.threshold_scale_factor, threshold_scale_factor),
+        "max_dropped_mass": _merged(config.max_dropped_mass, max_dropped_mass),
+        "level": level,
+        "backend": backend,
+        "min_length": min_length,
+    }
+    config = replace(config, **{name: x for name, x in changes.items() if x is not None})
+    _check_meaningful(config, target_sparsity, threshold_scale_factor, level)
+    METHODS[config.method].check(config)
+    _apply(model, pretrained, config)
+    return config
+
+
+def load_thresholds(
+    model: nn.Module, repo_or_folder: str | Path, revision: str | None = None
+) -> SparseAttentionConfig:
+    """Gives `model` the settings and thresholds of a local folder or a Hub repository.
+
+    Args:
+        model: a transformers model, plain or wrapped.
+        repo_or_folder: where config.json and the threshold file are.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, it is damaged, or another model's.
+    """
+    config = SparseAttentionConfig.from_pretrained(repo_or_folder, revision=revision)
+    if config.tables is not None:
+        expected = ModelFingerprint.of(_pretrained(model).config)
+        if differences := expected.differences(config.tables.fingerprint):
+            raise ValueError(
+                f"{repo_or_folder}: expected thresholds of this model, got another's "
+                f"({'; '.join(differences)})"
+            )
+    return set_sparse_attention(model, config)
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers: the outermost one."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+
+
+def _check_reachable(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    text = _text_model(model)
+    if not all(x._can_set_attn_implementation() for x in {model, text}):
+        raise ValueError(f"model: {foreign_message(name)}")
+    present = getattr(model.config, CONFIG_KEY, None)
+    if present is not None and not is_ours(present):
+        raise ValueError(
+            f"model: {name} uses the config key {CONFIG_KEY!r} for a sparse attention of its own, "
+            "so ours cannot be kept there"
+        )
+
+
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a composite model that decodes text; the model itself if it is not composite."""
+    text_config = model.config.get_text_config()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is text_config:
+            return module
+    return model
+
+
+def _present(model: PreTrainedModel, method: MethodName | None) -> SparseAttentionConfig:
+    """The settings the model has now, under `method` if that is given."""
+    for module in model.modules():
+        settings = getattr(module, ATTRIBUTE, None)
+        if isinstance(settings, LayerSettings):
+            return replace(settings.config, method=method or settings.config.method)
+    kept = SparseAttentionConfig.from_model_config(model.config)
+    kept = kept or SparseAttentionConfig.from_model_config(model.config.get_text_config())
+    if kept is None:
+        running = model.config.get_text_config()._attn_implementation
+        return SparseAttentionConfig(method=method or (running if running in METHODS else "blasst"))
+    return replace(kept, method=method or kept.method)
+
+
+def _merged(present: Mapping[Phase, Any] | None, given: ByPhase) -> dict[Phase, Any] | None:
+    """`present` with the phases that `given` mentions replaced; None where nothing is given."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(PHASES, given)
+    return {**(present or {}), **given}
+
+
+def _check_meaningful(
+    config: SparseAttentionConfig, target: ByPhase, factor: ByPhase, level: int | None
+) -> None:
+    """Refuses settings that would be ignored."""
+    if config.method == "blasst" and level is not None:
+        raise ValueError(f"level: expected with method 'bsfa' only, got {level} with 'blasst'")
+    if config.method == "bsfa":
+        for name, value in (("target_sparsity", target), ("threshold_scale_factor", factor)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected with method 'blasst' only, got {value} with 'bsfa'"
+                )
+    if target is not None:
+        fits = config.threshold_scale_factor or {}
+        wanted = [phase for phase in PHASES if not isinstance(target, Mapping) or phase in target]
+        for phase in wanted:
+            if phase not in fits or fits[phase]["b"] == 0:
+                raise ValueError(
+                    f"target_sparsity: expected a fit a * exp(b * target_sparsity) for {phase}, "
+                    f"got {fits.get(phase)}; calibrate(model, data) makes one"
+                )
+
+
+def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentionConfig) -> None:
+    _own_config(model, pretrained)
+    text = pretrained.config.get_text_config()
+    if text is pretrained.config:
+        pretrained.set_attn_implementation(config.method)
+    else:  # vision towers and the like keep what they have: nothing is calibrated for them
+        pretrained.set_attn_implementation({_key_of(pretrained.config, text): config.method})
+    if text._attn_implementation != config.method:
+        raise ValueError(f"model: {foreign_message(type(pretrained).__name__)}")
+    for name, module in pretrained.named_modules():
+        setattr(module, ATTRIBUTE, LayerSettings.of(module, config, name=name))
+    for owner in (pretrained.config, text):
+        setattr(owner, CONFIG_KEY, config.to_dict())
+    for device in {p.device for p in pretrained.parameters() if p.device.type != "meta"}:
+        METHODS[config.method].prepare(config, device)
+    announce(config)
+
+
+def _key_of(config: Any, sub_config: Any) -> str:
+    for key in config.sub_configs:
+        if getattr(config, key, None) is sub_config:
+            return str(key)
+    raise ValueError(f"model: expected {type(config).__name__} to hold its text config, found none")
+
+
+def _own_config(model: nn.Module, pretrained: PreTrainedModel) -> None:
+    """Gives the model its own copy of its config: models built from one config object share it."""
+    if getattr(pretrained, "_sparse_attention_owns_config", False):
+        return
+    mine = copy.deepcopy(pretrained.config)
+    copies = {id(pretrained.config): mine}
+    pairs = [(pretrained.config, mine)]
+    while pairs:
+        old, new = pairs.pop()
+        for key in getattr(old, "sub_configs", {}):
+            if getattr(old, key, None) is not None:
+                pairs.append((getattr(old, key), getattr(new, key)))
+                copies[id(getattr(old, key))] = getattr(new, key)
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if id(value) in copies:
+                setattr(module, key, copies[id(value)])
+    pretrained._sparse_attention_owns_config = True

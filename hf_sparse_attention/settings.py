@@ -1,0 +1,125 @@
+"""The settings an attention module runs with, and where they come from.
+
+They live on the modules, not on the model's config: two models made from one config object share
+that object, and changing one must not change the other. A module without settings takes them from
+its config (`sparse_attention_config` of a calibrated checkpoint) when it first runs, so that
+`from_pretrained(repo, attn_implementation="blasst")` is enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_sparse_attention.config import MethodName, SparseAttentionConfig
+from hf_sparse_attention.methods import METHODS
+
+logger = logging.getLogger(__name__)
+
+#: Requests with fewer keys than this run dense unless `min_length` says otherwise: below it there
+#: are too few blocks for skipping to pay for its decisions.
+DEFAULT_MIN_LENGTH = 512
+
+#: Where the settings are kept on an attention module.
+ATTRIBUTE = "_sparse_attention_settings"
+
+_LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What one attention module runs with.
+
+    Args:
+        config: the model's settings; shared by its modules.
+        layer: the layer's index, by which thresholds are found.
+        dense_reason: why this layer stays dense (`targets`, `ignore`), or None.
+    """
+
+    config: SparseAttentionConfig
+    layer: int
+    dense_reason: str | None = None
+
+    @property
+    def min_length(self) -> int:
+        """Requests with fewer keys run dense."""
+        least = self.config.min_length
+        return DEFAULT_MIN_LENGTH if least is None else least
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        config: SparseAttentionConfig,
+        *,
+        name: str | None = None,
+    ) -> LayerSettings:
+        """The settings of `module`, which is called `name` in its model if that is known."""
+        kind = type(module).__name__
+        layer = getattr(module, "layer_idx", None)
+        reason = None
+        if config.targets and kind not in config.targets:
+            reason = f"{kind} is not among the targets {', '.join(config.targets)}"
+        elif _is_ignored(config.ignore, name, layer):
+            reason = "the layer is on the config's ignore list"
+        return cls(config, 0 if layer is None else int(layer), reason)
+
+
+def _is_ignored(ignore: list[str], name: str | None, layer: int | None) -> bool:
+    """Whether the module called `name` is listed; without a name, its layer number decides."""
+    if name is not None:
+        return any(name == entry or name.endswith("." + entry) for entry in ignore)
+    numbers = [_LAYER_IN_NAME.search("." + entry + ".") for entry in ignore]
+    return layer is not None and any(n is not None and int(n[1]) == layer for n in numbers)
+
+
+def settings_of(module: nn.Module, method: MethodName) -> LayerSettings:
+    """The settings `module` runs `method` with; found and kept on its first forward."""
+    settings = getattr(module, ATTRIBUTE, None)
+    if isinstance(settings, LayerSettings) and settings.config.method == method:
+        return settings
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(module).__name__}: expected its settings before it is compiled, found none; "
+            f"call set_sparse_attention(model, {method!r}) or run one forward before torch.compile"
+        )
+    config = config_for(getattr(module, "config", None), method)
+    METHODS[method].check(config)
+    announce(config)
+    settings = LayerSettings.of(module, config)
+    setattr(module, ATTRIBUTE, settings)
+    return settings
+
+
+def announce(config: SparseAttentionConfig) -> None:
+    """Says, once a process, what the user of this config should know."""
+    for note in METHODS[config.method].notes(config):
+        if note not in _said:
+            _said.add(note)
+            logger.warning(note)
+
+
+def config_for(model_config: Any, method: MethodName) -> SparseAttentionConfig:
+    """The settings that a transformers config carries for `method`; without any, the defaults.
+
+    The same config object gives the same settings object, so that its tables are read only once.
+    """
+    cached = _cache.get(id(model_config))
+    data = getattr(model_config, "sparse_attention_config", None)
+    if cached is not None and cached[0] is model_config and cached[1] == (method, repr(data)):
+        return cached[2]
+    found = None if model_config is None else SparseAttentionConfig.from_model_config(model_config)
+    if found is None or found.method != method:
+        found = SparseAttentionConfig(method=method)
+    _cache.clear()  # one entry is enough: a model's layers ask one after the other
+    _cache[id(model_config)] = (model_config, (method, repr(data)), found)
+    return found
+
+
+_said: set[str] = set()
+_cache: dict[int, tuple[Any, tuple[str, str], SparseAttentionConfig]] = {}
