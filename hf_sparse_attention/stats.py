@@ -95,8 +95,7 @@ class Stats:
     @property
     def layers(self) -> list[int]:
         """The layers that recorded anything."""
-        keys = [key[1] for key in (*self._counts, *self._dense)]
-        return sorted(set(keys))
+        return sorted({key[1] for key in self._counts} | {key[1] for key in self._dense})
 
     def counts(self, phase: Phase) -> dict[int, Tensor]:
         """Visited and skipped blocks, int64 `[Hq, 2]` on the CPU, by layer."""
@@ -177,7 +176,7 @@ class Stats:
             "max",
             "dense",
         )
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         data = self.to_dict()
         for phase in PHASES:
             rows += [

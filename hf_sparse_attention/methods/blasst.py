@@ -42,11 +42,12 @@ class Blasst(Method):
         ]
         if not phases:
             return []
+        names = " and ".join(phases)
         note = (
-            f"blasst is not calibrated for {' and '.join(phases)}: it skips only blocks that weigh "
-            f"at most max_dropped_mass={DEFAULT_MAX_DROPPED_MASS} of a row's softmax mass together. "
-            "For more speed, run hf_sparse_attention.calibrate(model, data, method='blasst'), or "
-            "choose with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
+            f"blasst is not calibrated for {names}: it only skips blocks that weigh at most "
+            f"{DEFAULT_MAX_DROPPED_MASS} of their row's softmax mass (max_dropped_mass). For "
+            "more speed, hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
+            "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
         )
         return [note]
 

@@ -82,7 +82,8 @@ class Bsfa(Method):
 def row_positions(call: AttentionCall, geometry: BlockGeometry) -> Tensor:
     """Where the first query of each block row (decode: each query) stands in its request.
 
-    int64 `[B|1, NQ]`; position 0 is the first valid key. Rows before it (left padding) are not counted.
+    int64 `[B|1, NQ]`; position 0 is the first valid key. Rows before it (left padding) do not
+    count.
     """
     q_len = call.q.shape[2]
     device = call.q.device

@@ -1,0 +1,247 @@
+"""Calibration: thresholds from dense passes over text, one pass a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_sparse_attention._version import __version__
+from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
+from hf_sparse_attention.fitting import fit_blasst
+from hf_sparse_attention.observation import GapHistograms, TopBlocks, block_rows
+from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
+from hf_sparse_attention.settings import LayerSettings
+from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
+from hf_sparse_attention.types import PHASES, AttentionCall, BlockGeometry
+
+OBSERVER = "_sparse_attention_observer"
+DEFAULT_LEVELS = (8, 16, 32, 64)
+DEFAULT_TARGETS = (0.5, 0.3, 0.4, 0.6, 0.7)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    *,
+    method: MethodName = "bsfa",
+    levels: Sequence[int] = DEFAULT_LEVELS,
+    target_sparsity: float | Sequence[float] | None = None,
+    lengths: Sequence[int] | None = None,
+    geometry: BlockGeometry | None = None,
+    keep_sink: bool = True,
+    progress: bool = True,
+) -> SparseAttentionConfig:
+    """Fits `method` to `model` on `data`; the model itself is left as it was.
+
+    Each sample takes one dense pass, in which the scores are looked at block row by block row.
+    Every sample of n tokens also gives n / block_q single positions, from which decoding is
+    calibrated.
+
+    Args:
+        model: a transformers model with causal attention.
+        data: an iterable of samples, each a list or tensor of token ids, or what a tokenizer
+            returns.
+        method: "bsfa" gives thresholds for each of `levels`, "blasst" a scale factor.
+        levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
+            row; with it, that many besides block 0, which neither competes nor is skipped.
+        target_sparsity: BLASST's. One value: `lambda = a / L`. Several: `a * exp(b * s) / L` fitted
+            over all, and the first is what runs until another target is set. None: 0.5, fitted over
+            0.3-0.7.
+        lengths: cut every sample to each of these lengths; None: samples as they are.
+        geometry: the blocks to calibrate for; None is 64x64, sink and diagonal first.
+        keep_sink: never skip block 0 under BSFA.
+        progress: show a progress bar.
+
+    Returns:
+        The settings, for `set_sparse_attention(model, config)` or `config.save_pretrained(folder)`.
+
+    Raises:
+        ValueError: bad arguments, no usable sample, no causal attention, or a target out of reach.
+    """
+    if method not in METHOD_NAMES:
+        raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {method!r}")
+    geometry = geometry or BlockGeometry()
+    targets = _targets(target_sparsity)
+    samples = _cut(token_rows(data), lengths)
+    observer = _Observer(
+        geometry,
+        GapHistograms(geometry)
+        if method == "blasst"
+        else TopBlocks(geometry, sorted(set(levels)), keep_sink),
+    )
+    tokens = _observe(model, samples, observer, method, progress)
+    provenance: dict[str, Any] = {
+        "calibrated_by": f"hf-sparse-attention {__version__}",
+        "samples": len(tokens),
+        "lengths": sorted(set(tokens)),
+    }
+    if isinstance(observer.rows, GapHistograms):
+        factors, fit = fit_blasst(observer.rows, targets)
+        return SparseAttentionConfig(
+            method="blasst",
+            threshold_scale_factor=factors,
+            target_sparsity=dict.fromkeys(factors, targets[0]),
+            geometry=geometry,
+            provenance={**provenance, "fit": fit},
+        )
+    tables = _thresholds(observer, ModelFingerprint.of(model.config))
+    return SparseAttentionConfig(
+        method="bsfa", tables=tables, geometry=geometry, keep_sink=keep_sink, provenance=provenance
+    )
+
+
+class _Observer:
+    """What the attention function hands its calls to while calibrating."""
+
+    def __init__(self, geometry: BlockGeometry, rows: GapHistograms | TopBlocks) -> None:
+        self.geometry = geometry
+        self.rows = rows
+        self.heads: dict[int, int] = {}  # query heads, by layer
+
+    @torch.no_grad()
+    def observe(self, layer: int, call: AttentionCall) -> None:
+        """Takes in one attention; those of other shape than a causal prefill teach nothing."""
+        q_len, kv_len = call.q.shape[2], call.k.shape[2]
+        if not call.causal or call.mask is not None or q_len != kv_len:
+            return
+        if call.key_valid is not None and not bool(call.key_valid.all()):
+            raise ValueError("calibrate: expected samples without padding, got padded ones")
+        self.heads[layer] = call.q.shape[1]
+        for row in block_rows(call, self.geometry):
+            voters = call.q.shape[1] if row.phase == "prefill" else call.k.shape[1]
+            self.rows.add(layer, voters, row)
+
+
+def _observe(
+    model: nn.Module, samples: Iterable[Tensor], observer: _Observer, method: str, progress: bool
+) -> list[int]:
+    """Runs the model over `samples` and returns their lengths."""
+    device = next(model.parameters()).device
+    # The inner model, without the head: its logits would be larger than everything else.
+    inner = getattr(model, "base_model", model)
+    tokens: list[int] = []
+    with _attached(model, observer), torch.no_grad():
+        for ids in tqdm(samples, desc=f"calibrating {method}", unit="sample", disable=not progress):
+            inner(input_ids=ids[None].to(device), use_cache=False)
+            tokens.append(len(ids))
+            if not observer.heads:
+                raise ValueError(
+                    f"calibrate: expected causal attention through transformers' interface, "
+                    f"saw none in {type(model).__name__}"
+                )
+    if not tokens:
+        raise ValueError("calibrate: expected at least one sample, got none")
+    return tokens
+
+
+@contextmanager
+def _attached(model: Any, observer: _Observer) -> Iterator[None]:
+    """`model` in eval mode, its attention ours and observed; all as it was afterwards."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    before = {"": config._attn_implementation}
+    for key in config.sub_configs:
+        if getattr(config, key, None) is not None:
+            before[key] = getattr(config, key)._attn_implementation
+    training = model.training
+    settings = {module: vars(module).get(SETTINGS) for module in model.modules()}
+    # Any method serves: observed attention is dense. A budget needs no calibration and no comment.
+    exact = SparseAttentionConfig(method="blasst", max_dropped_mass=dict.fromkeys(PHASES, 0.0))
+    try:
+        model.set_attn_implementation(exact.method)
+        model.eval()
+        for module in settings:
+            vars(module)[SETTINGS] = LayerSettings.of(module, exact)
+            vars(module)[OBSERVER] = observer
+        yield
+    finally:
+        for module, own in settings.items():
+            vars(module).pop(OBSERVER, None)
+            vars(module).pop(SETTINGS, None)
+            if own is not None:
+                vars(module)[SETTINGS] = own
+        model.train(training)
+        model.set_attn_implementation(before)
+
+
+def _thresholds(observer: _Observer, fingerprint: ModelFingerprint) -> Thresholds:
+    rows = observer.rows
+    assert isinstance(rows, TopBlocks)
+    heads = max(observer.heads.values())
+    prefill = rows.table("prefill", heads)
+    if prefill is None:
+        raise ValueError(
+            f"calibrate: expected samples of at least {rows.geometry.block_q} tokens, got "
+            "shorter ones"
+        )
+    return Thresholds(
+        prefill=prefill,
+        decode=rows.table("decode", heads),
+        levels=rows.levels,
+        geometry=rows.geometry,
+        keep_sink=rows.keep_sink,
+        fingerprint=fingerprint,
+    )
+
+
+def _targets(target_sparsity: float | Sequence[float] | None) -> list[float]:
+    if target_sparsity is None:
+        return list(DEFAULT_TARGETS)
+    if isinstance(target_sparsity, (int, float)):
+        target_sparsity = [target_sparsity]
+    targets = [float(s) for s in target_sparsity]
+    if not targets or not all(0.0 < s < 1.0 for s in targets):
+        raise ValueError(f"target_sparsity: expected values in (0, 1), got {targets}")
+    return targets
+
+
+def _cut(samples: Iterable[Tensor], lengths: Sequence[int] | None) -> Iterator[Tensor]:
+    if lengths is None:
+        yield from samples
+        return
+    used = False
+    for ids in samples:
+        for length in lengths:
+            if length <= len(ids):
+                used = True
+                yield ids[:length]
+    if not used:
+        raise ValueError(f"lengths: expected samples of at least {min(lengths)} tokens, got none")
+
+
+def token_rows(data: Any) -> Iterator[Tensor]:
+    """The samples in `data` as int64 `[n]`, without padding.
+
+    Args:
+        data: lists or tensors `[n]` or `[B, n]` of token ids; what a tokenizer returns (a mapping
+            with `input_ids` and perhaps `attention_mask`); or an iterable of those.
+
+    Raises:
+        TypeError: for text, which wants a tokenizer first, and anything else.
+    """
+    if isinstance(data, (str, bytes)):
+        raise TypeError(f"data: expected token ids, got {type(data).__name__}; tokenize it first")
+    if isinstance(data, Mapping):
+        masks = data.get("attention_mask")
+        rows = list(token_rows(data["input_ids"]))
+        if masks is None:
+            yield from rows
+            return
+        for ids, mask in zip(rows, token_rows(masks), strict=True):
+            yield ids[mask.bool()]
+    elif isinstance(data, Tensor):
+        for row in data.reshape(-1, data.shape[-1]):
+            yield row.to(torch.int64)
+    elif isinstance(data, Sequence) and data and all(isinstance(x, int) for x in data):
+        yield torch.tensor(data, dtype=torch.int64)
+    elif isinstance(data, Iterable):
+        for item in data:
+            yield from token_rows(item)
+    else:
+        raise TypeError(f"data: expected an iterable of token ids, got {type(data).__name__}")

@@ -1,0 +1,111 @@
+"""BLASST's fit: from gap histograms to the scale factor `a * exp(b * target_sparsity)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attention.observation import BINS_PER_NAT, U_BINS, U_MIN, GapHistograms
+from hf_sparse_attention.types import PHASES, Phase
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Sparsity as a function of the scale factor; from a histogram `[U_BINS + 1]`."""
+
+    counts: Tensor
+
+    @property
+    def _below(self) -> Tensor:
+        """Share of blocks below each bin edge, `[U_BINS + 1]`."""
+        counts = self.counts.double()
+        return torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)]) / counts.sum()
+
+    @property
+    def largest(self) -> float:
+        """The sparsity that lambda -> 1 gives."""
+        return float(self._below[-1])
+
+    def sparsity(self, scale_factor: float) -> float:
+        """The share of blocks that `scale_factor` skips."""
+        if scale_factor <= 0:
+            return 0.0
+        x = min(max((math.log(scale_factor) - U_MIN) * BINS_PER_NAT, 0.0), float(U_BINS))
+        i = min(int(x), U_BINS - 1)
+        low, high = self._below[i : i + 2].tolist()
+        return float(low + (high - low) * (x - i))
+
+    def log_scale_factor(self, sparsity: float) -> float:
+        """The logarithm of the scale factor that skips a share of `sparsity` (< `largest`)."""
+        below = self._below
+        i = int((below <= sparsity).sum()) - 1  # the bin that it falls into
+        low, high = below[i : i + 2].tolist()
+        return float(U_MIN + (i + (sparsity - low) / (high - low)) / BINS_PER_NAT)
+
+
+def fit_blasst(
+    gaps: GapHistograms, targets: Sequence[float]
+) -> tuple[dict[Phase, dict[str, float]], dict[str, Any]]:
+    """`a` and `b` of `a * exp(b * target_sparsity)` by phase, and how well they fit.
+
+    Least squares of the logarithm over all lengths and targets. With one target b is 0 and the
+    scale factor is the geometric mean over lengths: lambda = a / L, version 1 of the paper.
+
+    Raises:
+        ValueError: no length reaches any of the targets.
+    """
+    factors: dict[Phase, dict[str, float]] = {}
+    report: dict[str, Any] = {}
+    for phase in PHASES:
+        lengths = gaps.lengths(phase)
+        # Short decode positions have too few blocks to say anything about long requests.
+        curves = {n: Curve(gaps.total(phase, n)) for n in lengths if n >= lengths[-1] / 8}
+        points = [
+            (n, s, curve.log_scale_factor(s))
+            for n, curve in curves.items()
+            for s in targets
+            if s < curve.largest
+        ]
+        if not points:
+            best = max((curve.largest for curve in curves.values()), default=0.0)
+            raise ValueError(
+                f"target_sparsity: expected less than {best:.2f} in {phase}, all that lambda < 1 "
+                f"skips at lengths {lengths}, got {list(targets)}; calibrate on longer samples"
+            )
+        a, b, r2 = _fit_line([s for _, s, _ in points], [log_factor for _, _, log_factor in points])
+        factors[phase] = {"a": math.exp(a), "b": b}
+        report[phase] = {
+            "r2": r2,
+            "lengths": list(curves),
+            "predicted": _predicted(curves, factors[phase], targets),
+        }
+    return factors, report
+
+
+def _fit_line(x: list[float], y: list[float]) -> tuple[float, float, float | None]:
+    """Intercept, slope and R^2 of y over x; slope 0 and no R^2 if all x are one."""
+    xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    if len(set(x)) == 1:
+        return float(ys.mean()), 0.0, None
+    dx, dy = xs - xs.mean(), ys - ys.mean()
+    slope = float((dx * dy).sum() / (dx * dx).sum())
+    spread = float((dy * dy).sum())
+    r2 = 1.0 - float(((dy - slope * dx) ** 2).sum()) / spread if spread > 0 else 1.0
+    return float(ys.mean() - slope * xs.mean()), slope, r2
+
+
+def _predicted(
+    curves: Mapping[int, Curve], fit: Mapping[str, float], targets: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """The sparsity that the fit gives on the calibration data, by length and target."""
+    return {
+        str(n): {
+            f"{s:g}": round(curve.sparsity(fit["a"] * math.exp(fit["b"] * s)), 4) for s in targets
+        }
+        for n, curve in curves.items()
+    }
