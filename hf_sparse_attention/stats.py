@@ -85,7 +85,7 @@ class Stats:
             if key in self._largest:
                 self._largest[key].copy_(torch.maximum(self._largest[key], largest))
             else:
-                self._largest[key] = largest.clone()
+                _add(self._largest, key, largest)
 
     def record_dense(self, layer: int, call: AttentionCall, reason: str) -> None:
         """Adds one attention that ran dense, and why."""
@@ -240,7 +240,8 @@ def _add(table: dict[Any, Tensor], key: Any, value: Tensor) -> None:
     if key in table:
         table[key].add_(value)
     else:
-        table[key] = value.clone()
+        with torch.inference_mode(False):  # else it could only be added to in inference mode
+            table[key] = value.clone()
 
 
 def _histogram(x: Tensor, weight: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class Bsfa(Method):
         tables = _tables(config)
         level = max(tables.levels) if config.level is None else config.level
         for phase, table in tables.tables.items():
-            tensors[f"{phase}.threshold"] = table[tables.level_index(level)].to(device)
+            # A copy: a view's offset is guarded on, and another level would recompile.
+            tensors[f"{phase}.threshold"] = table[tables.level_index(level)].to(device, copy=True)
         return tensors
 
 
