@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from demo_measure import Run, decoder_layers, measure
+from demo_measure import Run, decoder_layers, measure, per_layer
 from demo_model import load
 from demo_prompt import Prompt, book_prompt, calibration_ids, own_prompt
 from demo_report import print_report
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_sparse_attention import (
+    SparseAttentionConfig,
     available_backends,
     calibrate,
     collect_stats,
@@ -31,7 +32,9 @@ from hf_sparse_attention import (
 
 # BLASST's lambda is factor / kv_len. Decoding has one row a block, so it needs a far smaller one.
 BLASST_FACTOR = {"prefill": 400.0, "decode": 6.0}
-BSFA_SPARSITY = 0.4
+# BSFA keeps about this many blocks of 64 keys a block row, besides the sink and the diagonal.
+BSFA_LEVEL = 16
+CALIBRATION_TOKENS = 3000
 
 console = Console()
 
@@ -49,7 +52,9 @@ def main(
     answer_start: Annotated[
         str, typer.Option(help="How the answer to --question begins; helps small models.")
     ] = "",
-    max_tokens: Annotated[int, typer.Option(min=700, help="Length of the prompt.")] = 6000,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=700, help="Longest prompt; 6000, on the reference 2000.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 24,
     backend: Annotated[str, typer.Option(help="One of available_backends(), or auto.")] = "auto",
     dtype: Annotated[Literal["bfloat16", "float32", "float16"], typer.Option()] = "bfloat16",
@@ -57,6 +62,9 @@ def main(
     """Compare dense attention, BLASST and BSFA on one prompt."""
     with console.status("Loading the model (the first time: downloads and converts it)"):
         network, tokenizer, name = load(model, getattr(torch, dtype))
+    if max_tokens is None:
+        slow = backend == "reference" or available_backends()["cpu"] is not None
+        max_tokens = 2000 if slow else 6000
     if text is None:
         prompt = book_prompt(tokenizer, max_tokens)
     else:
@@ -71,10 +79,11 @@ def main(
             network, "blasst", threshold_scale_factor=BLASST_FACTOR, backend=backend
         )
         runs.append(_run(network, "blasst", prompt, new_tokens, bar, layers))
-        calibrated_s = _calibrate_bsfa(network, tokenizer, prompt, bar, backend)
+        config, calibrated = _calibrate_bsfa(network, tokenizer, prompt, bar)
+        set_sparse_attention(network, config, backend=backend)
         runs.append(_run(network, "bsfa", prompt, new_tokens, bar, layers))
 
-    print_report(console, runs, prompt, tokenizer, _notes(prompt, calibrated_s, text is None))
+    print_report(console, runs, prompt, tokenizer, [*_notes(prompt, text is None), calibrated])
 
 
 def _introduce(name: str, dtype: str, prompt: Prompt, backend: str) -> None:
@@ -106,31 +115,34 @@ def _run(
 
 
 def _calibrate_bsfa(
-    network: Any, tokenizer: Any, prompt: Prompt, bar: Progress, backend: str
-) -> float:
+    network: Any, tokenizer: Any, prompt: Prompt, bar: Progress
+) -> tuple[SparseAttentionConfig, str]:
+    """Calibrate on other pages than the prompt's; the settings, and a line for the report."""
+    ids = calibration_ids(tokenizer, min(prompt.input_ids.shape[1], CALIBRATION_TOKENS))
     start = time.perf_counter()
-    ids = calibration_ids(tokenizer, prompt.input_ids.shape[1])
-    with _step(bar, "bsfa: calibration on other pages", None):
-        calibrate(network, [ids[0]], method="bsfa", target_sparsity=BSFA_SPARSITY)
-        set_sparse_attention(network, "bsfa", backend=backend)
-    return time.perf_counter() - start
+    with (
+        _step(bar, "bsfa: calibration on other pages", len(decoder_layers(network))) as advance,
+        per_layer(network, advance),
+    ):
+        config = calibrate(network, [ids[0]], method="bsfa", levels=[BSFA_LEVEL], progress=False)
+    seconds = time.perf_counter() - start
+    return config, (
+        f"BSFA was calibrated in memory, to keep about {BSFA_LEVEL} blocks a block row, "
+        f"on {ids.shape[1]} tokens from the end of the book: {seconds:.0f} s."
+    )
 
 
-def _notes(prompt: Prompt, calibrated_s: float, planted: bool) -> list[str]:
+def _notes(prompt: Prompt, planted: bool) -> list[str]:
     factors, kv_len = BLASST_FACTOR, prompt.input_ids.shape[1]
     at_the_end = factors["prefill"] / kv_len
     return [
         *(["The sentence that answers the question was planted in the book."] if planted else []),
+        "Dense is PyTorch's scaled_dot_product_attention. Each time is one run, not an average.",
+        "Dropped mass is the certificate: an upper bound on the softmax mass that a row lost.",
         (
             f"BLASST ran uncalibrated: lambda = {factors['prefill']:.0f} / kv_len in prefill "
             f"({at_the_end:.3f} here) and {factors['decode']:.0f} / kv_len in decode."
         ),
-        (
-            f"BSFA was calibrated in memory in {calibrated_s:.0f} s on the end of the book, "
-            f"for {BSFA_SPARSITY:.0%} sparsity."
-        ),
-        "Dense is PyTorch's scaled_dot_product_attention. Each time is one run, not an average.",
-        "Dropped mass is the certificate: an upper bound on the softmax mass a row lost.",
     ]
 
 

@@ -69,7 +69,7 @@ def measure(
     """
     _synchronize(input_ids.device)
     start = time.perf_counter()
-    with _per_layer(model, on_layer):
+    with per_layer(model, on_layer):
         output = model(input_ids, use_cache=True, logits_to_keep=COMPARED)
         token = output.logits[:, -1:].argmax(-1)
         tokens = [token.item()]
@@ -105,7 +105,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def _per_layer(model: PreTrainedModel, on_layer: Callable[[], None]) -> Iterator[None]:
+def per_layer(model: PreTrainedModel, on_layer: Callable[[], None]) -> Iterator[None]:
+    """Call `on_layer` whenever a decoder layer of `model` is done."""
     hooks = [layer.register_forward_hook(lambda *_: on_layer()) for layer in decoder_layers(model)]
     try:
         yield

@@ -52,17 +52,9 @@ def _skipping(runs: list[Run]) -> list[Row]:
     ]
     for phase in ("prefill", "decode"):
         masses = [_dropped_mass(run, phase) for run in runs]
-        for key, label in (
-            ("p50", "half of the rows"),
-            ("p99", "99% of the rows"),
-            ("max", "any row"),
-        ):
-            rows.append(
-                (
-                    f"dropped mass, {phase}, {label} <=",
-                    ["-" if mass is None else f"{mass[key]:.1e}" for mass in masses],
-                )
-            )
+        for key, row in (("p50", "median row"), ("p99", "99% of rows"), ("max", "worst row")):
+            cells = ["-" if mass is None else _percent(mass[key]) for mass in masses]
+            rows.append((f"dropped mass <=, {phase}, {row}", cells))
     return rows
 
 
