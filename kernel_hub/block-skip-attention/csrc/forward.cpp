@@ -1,0 +1,91 @@
+// The order of the tasks. Those of one key/value head follow each other, so that its K and V stay
+// in the cache, and long block rows come before short ones, so that the threads end together.
+#include "forward.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+namespace bsa {
+
+namespace {
+
+// Rows before a request's first key are no task's: they are zeros here.
+void clear_unseen_rows(const Problem& p) {
+  const int64_t size = p.dtype == Dtype::f32 ? 4 : 2;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t rows = p.requests[b].first_row;
+    std::fill_n(static_cast<char*>(p.out) + b * p.Lq * p.Hq * p.Dv * size,
+                rows * p.Hq * p.Dv * size, char(0));
+    for (int64_t h = 0; h < p.Hq; ++h)
+      std::fill_n(p.lse + (b * p.Hq + h) * p.Lq, rows, -__builtin_inff());
+  }
+}
+
+}  // namespace
+
+void run_prefill(Problem& p, const Level& level) {
+  const int type = int(p.dtype);
+  const size_t scratch = level.scratch_bytes(p);
+  std::vector<float> k_max;
+  if (p.any_rule) {
+    k_max.resize(p.B * p.Hkv);
+    run_tasks(p.B * p.Hkv, 64,
+              [&](int64_t i, char*) { k_max[i] = level.max_abs[type](p, i / p.Hkv, i % p.Hkv); });
+    p.k_max = k_max.data();
+  }
+  clear_unseen_rows(p);
+  const int64_t per_head = p.NQ * p.G;
+  run_tasks(p.B * p.Hkv * per_head, scratch, [&](int64_t i, char* memory) {
+    const int64_t bh = i / per_head, row = p.NQ - 1 - i % per_head / p.G, g = i % p.G;
+    level.prefill[type](p, bh / p.Hkv, bh % p.Hkv * p.G + g, row, memory);
+  });
+}
+
+void run_decode(Problem& p, const Level& level) {
+  const int type = int(p.dtype);
+  const int64_t heads = p.B * p.Hkv;
+  int64_t keys = 0;
+  for (int64_t b = 0; b < p.B; ++b) keys = std::max(keys, p.requests[b].keys());
+  p.rows = p.Lq * p.G;
+  p.region = (kDecodeRegion + p.block_k - 1) / p.block_k * p.block_k;
+  p.regions = std::max<int64_t>((keys + p.region - 1) / p.region, 1);
+  p.score_stride = (keys + 63) / 64 * 64 + 64;  // vectors may read past the end
+
+  // One workspace for what the passes hand on.
+  size_t bytes = 0;
+  const auto reserve = [&](size_t size) {
+    const size_t at = bytes;
+    bytes += (size + 63) / 64 * 64;
+    return at;
+  };
+  const size_t scores = reserve(heads * p.rows * p.score_stride * 4);
+  const size_t block_max = reserve(p.block_k > 1 ? heads * p.rows * p.NK * 4 : 0);
+  const size_t fate = reserve(heads * p.Lq * p.NK);
+  const size_t row_max = reserve(heads * p.rows * 4);
+  const size_t row_c = reserve(heads * p.rows * 4);
+  const size_t partial = reserve(heads * p.regions * p.rows * (p.Dv + 1) * 4);
+  static thread_local Workspace workspace;
+  char* const memory = workspace.get(bytes);
+  p.scores = reinterpret_cast<float*>(memory + scores);
+  p.block_max = reinterpret_cast<float*>(memory + block_max);
+  p.fate = reinterpret_cast<uint8_t*>(memory + fate);
+  p.row_max = reinterpret_cast<float*>(memory + row_max);
+  p.row_c = reinterpret_cast<float*>(memory + row_c);
+  p.partial = reinterpret_cast<float*>(memory + partial);
+
+  const size_t scratch = level.scratch_bytes(p);
+  run_tasks(heads * p.regions, scratch, [&](int64_t i, char* memory) {
+    level.decode_scores[type](p, i / p.regions, i % p.regions, memory);
+  });
+  run_tasks(heads * p.Lq, scratch,
+            [&](int64_t i, char* memory) { level.decode_decide(p, i / p.Lq, i % p.Lq, memory); });
+  run_tasks(heads * p.regions, scratch, [&](int64_t i, char* memory) {
+    level.decode_values[type](p, i / p.regions, i % p.regions, memory);
+  });
+  run_tasks(heads, 64, [&](int64_t i, char*) { level.decode_finish[type](p, i); });
+  workspace.trim(size_t(256) << 20);
+}
+
+}  // namespace bsa

@@ -1,0 +1,11 @@
+// Runs a filled Problem on all threads.
+#pragma once
+#include "problem.h"
+
+namespace bsa {
+
+// Prefill: one parallel loop over heads and block rows. Decode: four short ones, see decode_*.h.
+void run_prefill(Problem& p, const Level& level);
+void run_decode(Problem& p, const Level& level);
+
+}  // namespace bsa

@@ -1,0 +1,69 @@
+// Fills the table of one level from the templates; included once by each level_*.cpp, after
+// BSA_LEVEL.
+#pragma once
+#include "decode_values.h"
+#include "tile_bf16.h"
+
+namespace bsa::BSA_LEVEL {
+
+static size_t scratch_bytes(const Problem& p) {
+  auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t widest = p.D > p.Dv ? p.D : p.Dv, step = p.block_k > kLanes ? p.block_k : kLanes;
+  const size_t prefill = round(kLanes * p.D * 4) + round(kLanes * p.Dv * 4) +
+                         round((kLanes + step) * kLanes * 4) + round(kLanes * kLanes * 2) +
+                         round(kLanes * widest * 4) + round((kLanes + step) * 8);
+  const size_t scores = size_t(p.rows) * ((p.D + 31) / 32 * 32) * 4;
+  const size_t values = size_t(p.region) * (sizeof(void*) + 4 + 4 * p.G) + 64;
+  const size_t decide = size_t(p.G) * sizeof(DecodeRow);
+  size_t most = prefill;
+  most = scores > most ? scores : most;
+  most = values > most ? values : most;
+  most = decide > most ? decide : most;
+  return round(most);
+}
+
+template <class T>
+float max_abs_of_head(const Problem& p, int64_t b, int64_t kv_head) {
+  float top = 0;
+  const Request& rq = p.requests[b];
+  for (int64_t c = 0; c < rq.keys(); ++c) {
+    if (rq.valid && !rq.valid[c]) continue;
+    top = max_abs(row_of<T>(p.k, b, kv_head, rq.first + c), p.D, top);
+  }
+  return top;
+}
+
+#if BSA_ISA >= 3
+// An odd head size has half a pair of bfloat16, which the paired engine cannot read.
+static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char* scratch) {
+  if (Bf16Engine::serves(p.D))
+    prefill<Bf16Engine>(p, b, h, i, scratch);
+  else
+    prefill<FloatEngine<bf16>>(p, b, h, i, scratch);
+}
+#define BSA_PREFILL_BF16 BSA_LEVEL::prefill_bf16
+#define BSA_DOTS_BF16 BSA_LEVEL::Bf16Dots
+#else
+#define BSA_PREFILL_BF16 BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::bf16>>
+#define BSA_DOTS_BF16 BSA_LEVEL::FloatDots<BSA_LEVEL::bf16>
+#endif
+
+#define BSA_DEFINE_LEVEL(symbol, label)                                                \
+  const Level symbol = {                                                               \
+      label,                                                                           \
+      {BSA_LEVEL::max_abs_of_head<float>, BSA_LEVEL::max_abs_of_head<BSA_LEVEL::bf16>, \
+       BSA_LEVEL::max_abs_of_head<BSA_LEVEL::f16>},                                    \
+      {BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<float>>, BSA_PREFILL_BF16,            \
+       BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},                    \
+      {BSA_LEVEL::decode_scores<BSA_LEVEL::FloatDots<float>>,                          \
+       BSA_LEVEL::decode_scores<BSA_DOTS_BF16>,                                        \
+       BSA_LEVEL::decode_scores<BSA_LEVEL::FloatDots<BSA_LEVEL::f16>>},                \
+      BSA_LEVEL::decode_decide,                                                        \
+      {BSA_LEVEL::decode_values<float>, BSA_LEVEL::decode_values<BSA_LEVEL::bf16>,     \
+       BSA_LEVEL::decode_values<BSA_LEVEL::f16>},                                      \
+      {BSA_LEVEL::decode_finish<float>, BSA_LEVEL::decode_finish<BSA_LEVEL::bf16>,     \
+       BSA_LEVEL::decode_finish<BSA_LEVEL::f16>},                                      \
+      BSA_LEVEL::scratch_bytes,                                                        \
+  };
+
+}  // namespace bsa::BSA_LEVEL

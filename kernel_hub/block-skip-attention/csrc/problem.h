@@ -1,0 +1,113 @@
+// What one attention call is, in plain pointers and 64-bit sizes, and the table of functions that
+// one instruction-set level offers for it.
+//
+// The idea of the split: everything that decides *what* is computed (shapes, requests, tasks) is
+// compiled once, for any machine; everything that is hot is a template compiled once a level, each
+// time with other -m flags and in a namespace of its own, and reached through `Level`. Only this
+// header and types without inline functions cross that border, so that the linker can never pick an
+// AVX-512 copy of a shared inline function for an older machine.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Never a function of its own that the linker could share between levels.
+#define BSA_PLAIN __attribute__((always_inline)) inline
+
+namespace bsa {
+
+constexpr int kLanes = 64;  // query rows that one prefill task holds side by side in vector lanes
+constexpr int kDecodeMaxQueries = 8;  // see `phase` in hf_sparse_attention/types.py
+constexpr int kDecodeRegion = 512;    // keys that one decode task reads, rounded up to whole blocks
+
+enum class Dtype { f32, bf16, f16 };
+enum Order { kAscending = 0, kSinkDiagonal = 1, kDescending = 2 };
+
+// A [batch, head, row, x] tensor whose x is contiguous; strides in elements.
+struct Strided {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// A float tensor [B|1, Hq|1, NQ|1] of a skip rule: dimensions of size 1 have stride 0. Null: no
+// such rule.
+struct RuleTensor {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  BSA_PLAIN float at(int64_t b, int64_t h, int64_t i) const {
+    return data[b * batch + h * head + i * row];
+  }
+};
+
+// One batch item without its padding: keys [first, end), counted from `first` wherever a key is
+// named below.
+struct Request {
+  int64_t first = 0, end = 0;
+  int64_t offset = 0;               // column of query row 0, counted from `first`
+  int64_t first_row = 0;            // the first query row that may see a key
+  const uint8_t* valid = nullptr;   // null: no holes; else [keys]
+  const int32_t* before = nullptr;  // with holes: valid keys before key c, [keys + 1]
+  BSA_PLAIN int64_t keys() const { return end - first; }
+  // How many valid keys lie in [lo, hi).
+  BSA_PLAIN int64_t count(int64_t lo, int64_t hi) const {
+    if (lo >= hi) return 0;
+    return before ? before[hi] - before[lo] : hi - lo;
+  }
+};
+
+struct Problem {
+  Strided q, k, v;
+  Dtype dtype = Dtype::f32;
+  int64_t B = 0, Hq = 0, Hkv = 0, G = 1, Lq = 0, Lk = 0, D = 0, Dv = 0;
+  float scale = 1.0f, softcap = 0.0f;  // softcap 0: none
+  bool causal = true;
+  int64_t window = 0;  // 0: none
+  int64_t block_q = 64, block_k = 64, split_k = 1024;
+  Order order = kSinkDiagonal;
+  bool keep_sink = true;
+  RuleTensor log_lambda, threshold, budget;
+  bool any_rule = false;
+  const float* sinks = nullptr;
+  const Request* requests = nullptr;
+
+  void* out = nullptr;        // [B, Lq, Hq, Dv]
+  float* lse = nullptr;       // [B, Hq, Lq]
+  int64_t* counts = nullptr;  // [B, Hq, 2]
+  uint8_t* skips = nullptr;   // [B, Hq | Hkv, NQ, skip_bytes], null if not wanted
+  float* dropped = nullptr;   // [B, Hq, Lq], null if not wanted
+  int64_t NQ = 0, NK = 0, skip_bytes = 0;
+
+  float* k_max = nullptr;  // prefill: the largest |k| of each [B, Hkv], infinite if not finite
+
+  // Decode only: what its four passes hand to each other.
+  int64_t region = kDecodeRegion, regions = 0, rows = 0, score_stride = 0;
+  float* scores = nullptr;     // [B * Hkv, rows, score_stride]
+  float* block_max = nullptr;  // [B * Hkv, rows, NK]
+  uint8_t* fate = nullptr;     // [B * Hkv, Lq, NK]: 0 not visited, 1 kept, 2 skipped
+  float* row_max = nullptr;    // [B * Hkv, rows]
+  float* row_c = nullptr;      // [B * Hkv, rows]: log2 of the bound on what was dropped
+  float* partial =
+      nullptr;  // [B * Hkv, regions, rows, Dv + 1]: weighted values and the sum of weights
+};
+
+// The functions of one level, by element type (index: Dtype).
+struct Level {
+  const char* name;
+  float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
+  void (*prefill[3])(const Problem&, int64_t b, int64_t head, int64_t block_row, char* scratch);
+  void (*decode_scores[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
+  void (*decode_decide)(const Problem&, int64_t bh, int64_t position, char* scratch);
+  void (*decode_values[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
+  void (*decode_finish[3])(const Problem&, int64_t bh);
+  size_t (*scratch_bytes)(const Problem&);
+};
+
+extern const Level kPortable;
+#if defined(__x86_64__)
+extern const Level kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+// The best level that this machine and HF_SPARSE_ATTENTION_CPU_LEVEL allow; null if the variable
+// names none.
+const Level* choose_level(const char** wanted);
+
+}  // namespace bsa

@@ -1,0 +1,136 @@
+// One vector type `vf` of W floats, as wide as the level's registers, and the few operations that
+// the kernels need beyond gcc's vector arithmetic. A tile is NR vectors wide and kKeys keys high,
+// so that its accumulators, one row of vectors and the broadcasts stay in registers: 16 of 32 for
+// AVX-512 and NEON, 8 of 16 for AVX2 and SSE.
+#pragma once
+#include <cstring>
+
+#include "problem.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef BSA_LEVEL
+#error "include this from a level_*.cpp, which defines BSA_LEVEL and BSA_ISA"
+#endif
+#define BSA_INLINE static inline __attribute__((always_inline))
+
+// BSA_ISA: 0 the target's baseline, 1 AVX2 with FMA and F16C, 2 AVX-512, 3 AVX-512 with bfloat16.
+// Our own number, because g++ before 13 does not define __AVX2__ and its like after `#pragma GCC
+// target`.
+namespace bsa::BSA_LEVEL {
+
+#if BSA_ISA >= 2
+constexpr int W = 16, NR = 4;
+#elif BSA_ISA >= 1
+constexpr int W = 8, NR = 2;
+#elif defined(__aarch64__)
+constexpr int W = 4, NR = 4;
+#else
+constexpr int W = 4, NR = 2;
+#endif
+constexpr int kKeys = 4;
+constexpr int kGroupLanes = W * NR;            // lanes that one tile covers
+constexpr int kGroups = kLanes / kGroupLanes;  // tiles side by side in the 64 lanes
+constexpr int kVectors = kLanes / W;
+constexpr float kInf = __builtin_inff();
+constexpr float kMax = 3.402823466e38f;
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+BSA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+BSA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+BSA_INLINE vf splat(float x) { return x - (vf){}; }
+
+// max(x, y) that returns y where either is NaN, which is what the machine's instruction does.
+BSA_INLINE vf vmax(vf x, vf y) {
+#if BSA_ISA >= 2
+  return (vf)_mm512_max_ps((__m512)x, (__m512)y);
+#elif BSA_ISA >= 1
+  return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)x, (__m128)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+// Whether some lane is not below its bound; NaN is never below.
+BSA_INLINE bool any_not_below(vf x, vf bound) {
+#if BSA_ISA >= 2
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)bound, _CMP_NLT_UQ) != 0;
+#elif BSA_ISA >= 1
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)bound, _CMP_NLT_UQ)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpnlt_ps((__m128)x, (__m128)bound)) != 0;
+#else
+  const vi below = x < bound;
+  int32_t all = -1;
+  for (int i = 0; i < W; ++i) all &= below[i];
+  return all == 0;
+#endif
+}
+
+// The same for the 64 lanes at x and bound.
+BSA_INLINE bool any_not_below64(const float* x, const float* bound) {
+#if BSA_ISA >= 2
+  unsigned any = 0;
+  for (int i = 0; i < kLanes; i += W)
+    any |= _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_loadu_ps(bound + i), _CMP_NLT_UQ);
+  return any != 0;
+#else
+  for (int i = 0; i < kLanes; i += W)
+    if (any_not_below(load(x + i), load(bound + i))) return true;
+  return false;
+#endif
+}
+
+// 2^x to about 2 ulp, 0 below the normal range, infinity above it, NaN for NaN: 2^floor(x) by
+// exponent arithmetic, the rest by the polynomial of degree 5 with the least relative error on [0,
+// 1) (7.5e-8; fitted by us with Lawson's method).
+BSA_INLINE vf exp2v(vf x) {
+#if BSA_ISA >= 2
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+#else
+  // Below -126 the result is flushed, above 128 it overflows; NaN passes both selects.
+  vf t = x < -126.5f ? splat(-126.5f) : x;
+  t = t > 128.0f ? splat(128.0f) : t;
+  vi n = __builtin_convertvector(t, vi);
+  n += t < __builtin_convertvector(n, vf);  // a true compare is -1: truncation becomes floor
+  const vf r = t - __builtin_convertvector(n, vf);
+#endif
+  vf p = splat(1.8775766585e-03f);
+  p = p * r + 8.9893401310e-03f;
+  p = p * r + 5.5826318019e-02f;
+  p = p * r + 2.4015361706e-01f;
+  p = p * r + 6.9315307320e-01f;
+  p = p * r + 9.9999992506e-01f;
+#if BSA_ISA >= 2
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  // In two steps, as 2^128 and 2^-127 have no representation of their own.
+  const vi half = n >> 1;
+  vf y = p * (vf)((half + 127) << 23);
+  y = y * (vf)((n - half + 127) << 23);
+  y = x < -126.0f ? vf{} : y;
+  return x == x ? y : x;
+#endif
+}
+
+BSA_INLINE float exp2s(float x) { return exp2v(splat(x))[0]; }
+
+// tanh: through 2^x, and by its series near 0, where the difference would lose the small value.
+BSA_INLINE vf tanhv(vf x) {
+  const vf e = exp2v(x * 2.885390082f);
+  const vf far = 1.0f - 2.0f / (e + 1.0f);
+  const vf s = x * x;
+  const vf near =
+      x + x * s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f)));
+  const vf a = x < 0.0f ? -x : x;
+  return a < 0.3f ? near : far;
+}
+
+}  // namespace bsa::BSA_LEVEL

@@ -1,0 +1,129 @@
+// The products of prefill with AVX-512's bfloat16 dot products: twice the arithmetic of float. One
+// instruction multiplies pairs of neighbours, so S takes Q^T as [D / 2][64][2] and pairs of K where
+// they lie; O^T takes P as [keys / 2][64][2] and rows of V interleaved two by two. Q is not scaled
+// beforehand: that would round it. Sums are in float.
+#pragma once
+#include "tile.h"
+
+#if BSA_ISA >= 3
+namespace bsa::BSA_LEVEL {
+
+BSA_INLINE __m512bh pair(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+BSA_INLINE __m512bh splat_pair(const void* p) {
+  int32_t bits;
+  memcpy(&bits, p, 4);
+  return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+template <int MR>
+BSA_INLINE void score_tile_bf16(const bf16* k, int64_t stride, const uint32_t* q, int64_t D,
+                                float* s, vf* top) {
+  __m512 acc[MR][NR] = {};
+  for (int64_t d = 0; d < D; d += 2, q += kLanes) {
+    __m512bh lane[NR];
+    for (int j = 0; j < NR; ++j) lane[j] = pair(q + j * W);
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh x = splat_pair(k + i * stride + d);
+      for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) {
+      _mm512_storeu_ps(s + i * kLanes + j * W, acc[i][j]);
+      top[j] = vmax(top[j], (vf)acc[i][j]);
+    }
+}
+
+template <int MR>
+BSA_INLINE void value_tile_bf16(const uint32_t* v, int64_t Dv, int64_t pairs, const uint32_t* p,
+                                float* o) {
+  __m512 acc[MR][NR];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_loadu_ps(o + i * kLanes + j * W);
+  for (int64_t k = 0; k < pairs; ++k, p += kLanes, v += Dv) {
+    __m512bh lane[NR];
+    for (int j = 0; j < NR; ++j) lane[j] = pair(p + j * W);
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh x = splat_pair(v + i);
+      for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) _mm512_storeu_ps(o + i * kLanes + j * W, acc[i][j]);
+}
+
+// Rows a and b interleaved: y[d] holds a[d] in its low half, b[d] in its high half.
+BSA_INLINE void interleave(const bf16* a, const bf16* b, int64_t n, uint32_t* y) {
+  int64_t d = 0;
+  for (; d + 16 <= n; d += 16) {
+    const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + d)));
+    const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + d)));
+    _mm512_storeu_si512(y + d, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+  for (; d < n; ++d) y[d] = a[d].bits | uint32_t(b[d].bits) << 16;
+}
+
+struct Bf16Engine {
+  using Element = bf16;
+  static bool serves(int64_t D) {
+    return D % 2 == 0;
+  }  // an odd D has half a pair: left to FloatEngine
+
+  static float pack_q(const bf16* q, int64_t stride, int64_t rows, int64_t D, void* qt) {
+    float top = 0;
+    uint32_t* y = static_cast<uint32_t*>(qt);
+    memset(y, 0, kLanes * (D / 2) * sizeof(uint32_t));
+    for (int64_t r = 0; r < rows; ++r) {
+      const bf16* x = q + r * stride;
+      top = bsa::BSA_LEVEL::max_abs(x, D, top);
+      for (int64_t d = 0; d < D; d += 2) memcpy(y + (d / 2) * kLanes + r, x + d, 4);
+    }
+    return top;
+  }
+
+  static void scores(const bf16* k, int64_t stride, int64_t n, const void* qt, int64_t D, float*,
+                     float* s, float* top) {
+    const uint32_t* q = static_cast<const uint32_t*>(qt);
+    vf tops[NR];
+    for (int j = 0; j < NR; ++j) tops[j] = splat(-kInf);
+    int64_t i = 0;
+    for (; i + kKeys <= n; i += kKeys)
+      score_tile_bf16<kKeys>(k + i * stride, stride, q, D, s + i * kLanes, tops);
+    for (; i < n; ++i) score_tile_bf16<1>(k + i * stride, stride, q, D, s + i * kLanes, tops);
+    for (int j = 0; j < NR; ++j) store(top + j * W, tops[j]);
+  }
+
+  static void values(float* s, int64_t n, const int64_t* keys, const bf16* v, int64_t stride,
+                     int64_t Dv, float unit, const float* minus_top, float* l, void* packed,
+                     float* wide, float* ot) {
+    uint32_t* p = static_cast<uint32_t*>(packed);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(wide);
+    const __m512i zip =
+        _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005,
+                          0x00160006, 0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b,
+                          0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f);
+    vf sum[NR], shift[NR];
+    for (int j = 0; j < NR; ++j) sum[j] = load(l + j * W), shift[j] = load(minus_top + j * W);
+    for (int64_t k = 0; k < n; k += 2) {
+      const bool odd = k + 1 == n;  // the last key's partner has weight 0
+      for (int j = 0; j < NR; ++j) {
+        const vf a = exp2v(load(s + k * kLanes + j * W) * unit + shift[j]);
+        const vf b = odd ? vf{} : exp2v(load(s + (k + 1) * kLanes + j * W) * unit + shift[j]);
+        sum[j] += a + b;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        _mm512_storeu_si512(p + (k / 2) * kLanes + j * W, _mm512_permutexvar_epi16(zip, both));
+      }
+      const bf16* row = v + keys[k] * stride;
+      interleave(row, odd ? row : v + keys[k + 1] * stride, Dv, pairs + (k / 2) * Dv);
+    }
+    for (int j = 0; j < NR; ++j) store(l + j * W, sum[j]);
+    const int64_t half = (n + 1) / 2;
+    int64_t d = 0;
+    for (; d + kKeys <= Dv; d += kKeys)
+      value_tile_bf16<kKeys>(pairs + d, Dv, half, p, ot + d * kLanes);
+    for (; d < Dv; ++d) value_tile_bf16<1>(pairs + d, Dv, half, p, ot + d * kLanes);
+  }
+};
+
+}  // namespace bsa::BSA_LEVEL
+#endif

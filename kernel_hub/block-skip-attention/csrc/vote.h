@@ -1,0 +1,132 @@
+// The rows of one block row, and how they vote on a block.
+//
+// Scores stay in the units in which the product made them; `unit` > 0 turns them into base-2
+// logarithms. Thresholds are turned into those units instead, once, so a vote costs one comparison
+// a lane: a block is skipped if its max is below `bound` in every lane. A NaN is below nothing,
+// hence never skipped. A lane that sees nothing of a block has max -inf, which is below every
+// bound, as no bound is ever lower than the lowest finite float.
+//
+// The bound c on the dropped mass and the sum l of the kept mass (both only where they are asked
+// for) are kept relative to a reference score that follows the running max loosely, so that
+// rescaling is rare.
+#pragma once
+#include "simd.h"
+
+namespace bsa::BSA_LEVEL {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLargestLogLambda = -5.9604645e-08f;  // log(1 - 2^-24): lambda stays below 1
+
+// The three conditions of one row, in score units; `relative` and `absolute` +inf where the
+// condition is absent.
+struct RowRule {
+  float relative = kInf, absolute = kInf, budget = kInf;
+  static RowRule of(const Problem& p, int64_t b, int64_t h, int64_t i, float unit) {
+    RowRule r;
+    if (p.log_lambda.data) {
+      const float x = p.log_lambda.at(b, h, i);
+      r.relative = x == x ? (x < kLargestLogLambda ? x : kLargestLogLambda) * kLog2e / unit : -kInf;
+    }
+    if (p.threshold.data) {
+      const float x = p.threshold.at(b, h, i) * kLog2e / unit;
+      r.absolute = x == x ? x : -kInf;
+    }
+    // A budget too small for the arithmetic (or NaN) allows nothing; below 0 nothing passes the
+    // comparison.
+    if (p.budget.data) r.budget = p.budget.at(b, h, i) > 1e-30f ? p.budget.at(b, h, i) : -1.0f;
+    return r;
+  }
+  // What a block's max must stay below, given the running max m.
+  float bound(float m) const {
+    float x = m + relative;
+    x = x < absolute ? x : absolute;
+    return x > -kMax ? x : -kMax;
+  }
+};
+
+struct alignas(64) Vote {
+  float m[kLanes], bound[kLanes];
+  float c[kLanes], l[kLanes], at[kLanes], c_then[kLanes];
+  RowRule rule;
+  float unit;
+  int64_t block_k;
+  bool active, track, budgeted;
+
+  void start(const Problem& p, const RowRule& row_rule, float unit_, bool active_) {
+    rule = row_rule;
+    unit = unit_;
+    block_k = p.block_k;
+    active = active_ && p.any_rule;
+    budgeted = active && p.budget.data;
+    track = active && (budgeted || p.dropped);
+    for (int i = 0; i < kLanes; ++i) {
+      m[i] = at[i] = -kInf;
+      c[i] = l[i] = 0;
+      bound[i] = rule.bound(-kInf);
+    }
+  }
+
+  // Whether every lane agrees to skip a block whose maxima are `top`. What is skipped is entered
+  // into c.
+  BSA_INLINE bool skip(Vote& t, const float* top) {
+    if (!t.active || any_not_below64(top, t.bound)) return false;
+    return !t.track || t.account(top);
+  }
+
+  bool account(const float* top) {
+    follow(top);
+    bool agreed = true;
+    for (int i = 0; i < kLanes; i += W) {
+      const vf x = load(top + i), ref = load(at + i);
+      const vf then =
+          load(c + i) + float(block_k) * exp2v((x - (ref == -kInf ? vf{} : ref)) * unit);
+      store(c_then + i, then);
+      if (budgeted) {
+        // `not <=`, so that NaN does not agree either.
+        const vi refuses = ~(then <= rule.budget * load(l + i)) & (x != -kInf);
+        for (int j = 0; j < W; ++j) agreed &= refuses[j] == 0;
+      }
+    }
+    if (agreed) memcpy(c, c_then, sizeof(c));
+    return agreed;
+  }
+
+  // Enters a kept block: its maxima, and for the budget its n rows of scores.
+  BSA_INLINE void keep(Vote& t, const float* top, const float* s, int64_t n) {
+    for (int i = 0; i < kLanes; i += W) {
+      const vf m = vmax(load(top + i), load(t.m + i));
+      store(t.m + i, m);
+      if (!t.active) continue;
+      vf bound = m + t.rule.relative;
+      bound = bound < t.rule.absolute ? bound : splat(t.rule.absolute);
+      store(t.bound + i, vmax(bound, splat(-kMax)));
+    }
+    if (t.budgeted) t.add_mass(s, n);
+  }
+
+  void add_mass(const float* s, int64_t n) {
+    follow(m);
+    for (int i = 0; i < kLanes; i += W) {
+      const vf ref = load(at + i), shift = ref == -kInf ? vf{} : ref;
+      vf sum = load(l + i);
+      for (int64_t k = 0; k < n; ++k) sum += exp2v((load(s + k * kLanes + i) - shift) * unit);
+      store(l + i, sum);
+    }
+  }
+
+  // Moves the reference up to `top` in the lanes where it has fallen 2^20 behind.
+  void follow(const float* top) {
+    for (int i = 0; i < kLanes; i += W) {
+      const vf x = load(top + i), ref = load(at + i);
+      const vi far =
+          (x - ref) * unit > 20.0f;  // from -inf: infinitely far; -inf - -inf is NaN: not far
+      const vf next = far ? x : ref;
+      const vf factor = far ? exp2v((ref - x) * unit) : splat(1.0f);
+      store(at + i, next);
+      store(c + i, load(c + i) * factor);
+      store(l + i, load(l + i) * factor);
+    }
+  }
+};
+
+}  // namespace bsa::BSA_LEVEL

@@ -1,0 +1,140 @@
+"""Attention that skips blocks of keys whose softmax weight cannot matter (BLASST, BSFA), as one torch op.
+
+On the CPU the level of instructions is chosen at run time; the environment variable HF_SPARSE_ATTENTION_CPU_LEVEL =
+portable | avx2 | avx512 | avx512_bf16 forces it down.
+"""
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix, ops
+
+__all__ = ["ASCENDING", "DESCENDING", "SINK_DIAGONAL", "cpu_level", "forward"]
+
+ASCENDING, SINK_DIAGONAL, DESCENDING = 0, 1, 2
+_DECODE_MAX_QUERIES = 8
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    sinks: Tensor | None = None,
+    log_lambda: Tensor | None = None,
+    block_threshold: Tensor | None = None,
+    max_dropped_mass: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    block_q: int = 64,
+    block_k: int = 64,
+    order: int = SINK_DIAGONAL,
+    split_k: int = 1024,
+    keep_sink: bool = True,
+    return_skips: bool = False,
+    return_dropped_mass: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention of `q` over `k` and `v`, leaving out the blocks that every given rule agrees to skip.
+
+    B batch, Hq query heads, Hkv key/value heads, Lq queries, Lk keys, D and Dv head sizes, NQ block rows, NK blocks.
+    A call with at most 8 queries and more keys is decoding: there the heads of a group vote together, one position at a
+    time, and NQ = Lq; otherwise `block_q` rows of one head vote together.
+
+    Args:
+        q: `[B, Hq, Lq, D]` float32, bfloat16 or float16; k: `[B, Hkv, Lk, D]`; v: `[B, Hkv, Lk, Dv]`. D, Dv <= 512.
+        key_valid: bool `[B, Lk]`, False for keys that nobody sees.
+        q_offset: int64 `[1]` or `[B]`, the key column of query row 0; None is `Lk - Lq`.
+        sinks: float32 `[Hq]`, logits that join the softmax's denominator.
+        log_lambda: float32 `[B|1, Hq|1]`, skip if a block's max lies this far below the running max (< 0).
+        block_threshold: float32 `[B|1, Hq|1, NQ|1]`, skip if a block's max is below; never on the diagonal.
+        max_dropped_mass: float32 `[B|1, Hq|1]`, skip only while the dropped mass stays below this share of the kept.
+        scale: factor on `q k^T`.
+        causal: row r sees columns <= `q_offset + r`.
+        window: a row sees the last `window` columns only; 0 is no window.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 is none.
+        block_q: 1 to 64; block_k: a divisor of 64, or a multiple of it up to 1024.
+        order: in which blocks are visited: ASCENDING, SINK_DIAGONAL or DESCENDING.
+        split_k: decode: keys after which the running max starts anew from the sink and the newest block.
+        keep_sink: with `block_threshold`, never skip block 0.
+        return_skips: return `skips`; return_dropped_mass: return `dropped_mass`.
+
+    Returns:
+        out: `[B, Lq, Hq, Dv]`; lse: float32 `[B, Hq, Lq]`; counts: int64 `[B, Hq, 2]`, blocks visited and skipped;
+        skips: uint8 `[B, Hq, NQ, ceil(NK / 8)]` (decode: Hkv), bit j % 8 of byte j // 8 for block j, or empty;
+        dropped_mass: float32 `[B, Hq, Lq]`, a bound on the share of softmax mass dropped, or empty.
+    """
+    return ops.forward(
+        q,
+        k,
+        v,
+        key_valid,
+        q_offset,
+        sinks,
+        log_lambda,
+        block_threshold,
+        max_dropped_mass,
+        scale,
+        causal,
+        window,
+        softcap,
+        block_q,
+        block_k,
+        order,
+        split_k,
+        keep_sink,
+        return_skips,
+        return_dropped_mass,
+    )
+
+
+def cpu_level() -> str:
+    """The level of instructions that the next call would use."""
+    return ops.cpu_level()
+
+
+# allow_override: the module may be imported twice, from two paths that hold the same build.
+@torch.library.register_fake(add_op_namespace_prefix("forward"), allow_override=True)
+def _forward_fake(
+    q,
+    k,
+    v,
+    key_valid,
+    q_offset,
+    sinks,
+    log_lambda,
+    block_threshold,
+    max_dropped_mass,
+    scale,
+    causal,
+    window,
+    softcap,
+    block_q,
+    block_k,
+    order,
+    split_k,
+    keep_sink,
+    return_skips,
+    return_dropped_mass,
+):
+    batch, heads, q_len, _ = q.shape
+    _, kv_heads, kv_len, v_dim = v.shape
+    skips = q.new_empty((0,), dtype=torch.uint8)
+    if return_skips:  # only then do shapes depend on the phase
+        decode = q_len <= _DECODE_MAX_QUERIES and kv_len > q_len
+        rows = q_len if decode else (q_len + block_q - 1) // block_q
+        blocks = (kv_len + block_k - 1) // block_k
+        skips = q.new_empty(
+            (batch, kv_heads if decode else heads, rows, (blocks + 7) // 8), dtype=torch.uint8
+        )
+    dropped = (batch, heads, q_len) if return_dropped_mass else (0,)
+    return (
+        q.new_empty((batch, q_len, heads, v_dim)),
+        q.new_empty((batch, heads, q_len), dtype=torch.float32),
+        q.new_empty((batch, heads, 2), dtype=torch.int64),
+        skips,
+        q.new_empty(dropped, dtype=torch.float32),
+    )

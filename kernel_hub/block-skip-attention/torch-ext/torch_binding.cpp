@@ -1,0 +1,28 @@
+// The op schema, the same for every backend, and its registration.
+#include "torch_binding.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "registration.h"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def(
+      "forward(Tensor q, Tensor k, Tensor v, Tensor? key_valid, Tensor? q_offset, Tensor? sinks, "
+      "Tensor? log_lambda, Tensor? block_threshold, Tensor? max_dropped_mass, float scale, bool "
+      "causal, "
+      "int window, float softcap, int block_q, int block_k, int order, int split_k, bool "
+      "keep_sink, "
+      "bool return_skips, bool return_dropped_mass) "
+      "-> (Tensor out, Tensor lse, Tensor counts, Tensor skips, Tensor dropped_mass)");
+  ops.def("cpu_level() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("forward", TORCH_BOX(&forward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("cpu_level", TORCH_BOX(&cpu_level));
+}
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

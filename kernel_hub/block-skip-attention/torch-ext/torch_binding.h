@@ -1,0 +1,23 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+// Shapes and meaning: torch-ext/block_skip_attention/__init__.py.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+forward_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v,
+            std::optional<torch::stable::Tensor> key_valid,
+            std::optional<torch::stable::Tensor> q_offset,
+            std::optional<torch::stable::Tensor> sinks,
+            std::optional<torch::stable::Tensor> log_lambda,
+            std::optional<torch::stable::Tensor> block_threshold,
+            std::optional<torch::stable::Tensor> max_dropped_mass, double scale, bool causal,
+            int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
+            int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass);
+
+// The level of instructions that a call would run on now.
+std::string cpu_level();
