@@ -113,18 +113,20 @@ def sparse_attention(
 def _run(
     module: nn.Module, call: AttentionCall, settings: LayerSettings, weights: bool = False
 ) -> Output:
+    # Vision towers and the like have no layer numbers; a number that no layer has keeps them apart.
+    layer = -call.q.shape[1] if settings.layer is None else settings.layer
     observer = getattr(module, "_sparse_attention_observer", None)
     if observer is not None:
-        observer.observe(settings.layer, call)
+        observer.observe(layer, call)
     stats = getattr(module, "_sparse_attention_stats", None)
     reason = "calibration" if observer is not None else _dense_reason(call, settings, weights)
     if reason is not None:
         if stats is not None:
-            stats.record_dense(settings.layer, call, reason)
+            stats.record_dense(layer, call, reason)
         if weights:
             return _with_weights(call)
         return attend(call, SkipRule.never(), BlockGeometry(), "dense").out, None
-    rule = METHODS[settings.config.method].rule(settings.config, settings.layer, call)
+    rule = METHODS[settings.config.method].rule(settings.config, layer, call)
     result = attend(
         call,
         rule,
@@ -138,9 +140,9 @@ def _run(
         reason = (
             "nothing to skip" if rule.is_never else "no block-skipping backend can run the call"
         )
-        stats.record_dense(settings.layer, call, reason)
+        stats.record_dense(layer, call, reason)
     else:
-        stats.record(settings.layer, call, result)
+        stats.record(layer, call, result)
     return result.out, None
 
 
@@ -148,6 +150,8 @@ def _dense_reason(call: AttentionCall, settings: LayerSettings, weights: bool) -
     """Why this call runs dense, or None. What the user did not ask for is also said, once."""
     if settings.dense_reason is not None:
         return settings.dense_reason
+    if settings.config.method == "bsfa" and not call.causal and call.mask is None:
+        return "BSFA's thresholds are for causal attention"
     if call.k.shape[2] < settings.min_length:
         return f"fewer keys than min_length {settings.min_length}"
     reason = None

@@ -37,12 +37,12 @@ class LayerSettings:
 
     Args:
         config: the model's settings; shared by its modules.
-        layer: the layer's index, by which thresholds are found.
+        layer: the layer's index, by which thresholds are found; None if the module has none.
         dense_reason: why this layer stays dense (`targets`, `ignore`), or None.
     """
 
     config: SparseAttentionConfig
-    layer: int
+    layer: int | None
     dense_reason: str | None = None
 
     @property
@@ -67,7 +67,9 @@ class LayerSettings:
             reason = f"{kind} is not among the targets {', '.join(config.targets)}"
         elif _is_ignored(config.ignore, name, layer):
             reason = "the layer is on the config's ignore list"
-        return cls(config, 0 if layer is None else int(layer), reason)
+        elif layer is None and config.method == "bsfa":
+            reason = "the module has no layer index, by which thresholds are found"
+        return cls(config, None if layer is None else int(layer), reason)
 
 
 def _is_ignored(ignore: list[str], name: str | None, layer: int | None) -> bool:

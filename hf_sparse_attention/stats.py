@@ -56,6 +56,9 @@ def collect_stats(model: nn.Module, *, dropped_mass: bool = True) -> Iterator[St
 class Stats:
     """Counters per layer, head and phase. The attention function writes them, anyone may read.
 
+    Modules that have no layer number of their own (vision towers, some encoders) are gathered under
+    minus their number of heads.
+
     Sparsity is the share of the visited blocks (those with a visible key) that was skipped.
     """
 
@@ -73,6 +76,9 @@ class Stats:
         if _is_recomputation() or result.counts is None:
             return
         key = (call.phase, layer)
+        if key in self._counts and len(self._counts[key]) != call.q.shape[1]:
+            # Another stack of layers in the same model, such as a vision tower.
+            key = (call.phase, -call.q.shape[1])
         with torch.no_grad():
             _add(self._counts, key, result.counts.sum(dim=0))
             if result.dropped_mass is None or result.lse is None or call.q.shape[2] == 0:
@@ -99,7 +105,11 @@ class Stats:
 
     def counts(self, phase: Phase) -> dict[int, Tensor]:
         """Visited and skipped blocks, int64 `[Hq, 2]` on the CPU, by layer."""
-        return {key[1]: x.cpu() for key, x in sorted(self._counts.items()) if key[0] == phase}
+        return {
+            key[1]: x.to("cpu", copy=True)
+            for key, x in sorted(self._counts.items())
+            if key[0] == phase
+        }
 
     def sparsity(self, phase: Phase | None = None) -> float:
         """The share of visited blocks that was skipped, in `phase` or in both; 0 if none was.
@@ -281,6 +291,8 @@ def _table_row(phase: str, layer: str, entry: dict[str, Any]) -> tuple[str, ...]
 
 def _heat_map(counts: dict[int, Tensor]) -> Tensor:
     """Sparsity, float32 `[layers, heads]`, NaN where nothing was visited."""
+    numbered = {layer: x for layer, x in counts.items() if layer >= 0}
+    counts = numbered or dict(enumerate(counts.values()))
     heads = max(len(x) for x in counts.values())
     values = torch.full((max(counts) + 1, heads), torch.nan)
     for layer, x in counts.items():

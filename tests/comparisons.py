@@ -1,8 +1,8 @@
 """Comparisons with eager attention whose tolerance is eager's own rounding error.
 
-Eager itself rounds: its softmax is float32 in any dtype, and in float64 its fully masked rows are NaN.
-So `exact` is an attention function of the tests' own, in float64 throughout, under transformers' bool
-masks; that eager is close to it is asserted too.
+Eager itself rounds: its softmax is float32 in any dtype, and in float64 its fully masked rows are
+NaN. So `exact` is an attention function of the tests' own, in float64 throughout, under
+transformers' bool masks; that eager is close to it is asserted too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import hf_sparse_attention as hsa
+from hf_sparse_attention.types import BlockGeometry
 
 #: Two float32 computations in different order: the other's error may be a few times the first's.
 SLACK = 4.0
-#: Eager float32 must be this close to exact, relative to the largest value: else the oracle is wrong.
+#: Eager float32 must be this close to exact, as a part of the largest value: checks the oracle.
 EAGER_IS_GOOD = 1e-4
+
+SMALL_BLOCKS = hsa.SparseAttentionConfig(method="blasst", geometry=BlockGeometry(8, 8, split_k=32))
 
 Run = Callable[[Any], Tensor]
 
@@ -76,6 +79,15 @@ def never_skipping(builder: Callable[[], Any], method: str = "blasst", **setting
     model = build(builder)
     settings = {"threshold_scale_factor": 0, "min_length": 0, **settings}
     hsa.set_sparse_attention(model, method, **settings)
+    return model
+
+
+def skipping(builder: Callable[[], Any], factor: float = 20.0, **settings: Any) -> Any:
+    """The model with BLASST skipping many small blocks, so that short inputs will do."""
+    model = build(builder)
+    settings = {"threshold_scale_factor": factor, "min_length": 0, **settings}
+    hsa.set_sparse_attention(model, SMALL_BLOCKS)
+    hsa.set_sparse_attention(model, **settings)
     return model
 
 

@@ -1,7 +1,7 @@
 """Tiny, randomly initialised models for comparisons with eager attention.
 
-`initializer_range` is large on purpose: with the stock 0.02 attention is all but uniform, and a wrong
-scale or a dropped mask would not show (`test_models_mutations.py` proves that here they do).
+`initializer_range` is large on purpose: with the stock 0.02 attention is all but uniform, and a
+wrong scale or a dropped mask would not show (`test_models_mutations.py` proves that here they do).
 """
 
 from __future__ import annotations
