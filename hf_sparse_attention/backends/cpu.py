@@ -1,9 +1,9 @@
 """The compiled CPU kernel: `kernel_hub/block-skip-attention`, loaded on first use.
 
-Where it is looked for, in this order: what `LOCAL_KERNELS` gives for `REPO_ID`; the build of the checkout
-that this file lies in; the build that an installed wheel carries; and, only if the environment variable
-HF_SPARSE_ATTENTION_HUB_KERNELS is 1, the Hub. HF_SPARSE_ATTENTION_CPU_LEVEL forces the level of
-instructions down: portable, avx2, avx512 or avx512_bf16.
+Where it is looked for, in this order: what `LOCAL_KERNELS` gives for `REPO_ID`; the build of the
+checkout that this file lies in; the build that an installed wheel carries; and, only if the
+environment variable HF_SPARSE_ATTENTION_HUB_KERNELS is 1, the Hub. HF_SPARSE_ATTENTION_CPU_LEVEL
+forces the level of instructions down: portable, avx2, avx512 or avx512_bf16.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,11 +88,12 @@ def available() -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _op() -> Any:
+def _namespace() -> str:
+    """Where in `torch.ops` the kernel's ops are: a string, as dynamo takes no other constant."""
     kernel = load_kernel()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
-    return kernel.ops.forward.default
+    return str(kernel.add_op_namespace_prefix("")).removesuffix("::")
 
 
 def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> str | None:
@@ -130,7 +131,7 @@ def run(
     if not q.dtype == k.dtype == v.dtype:  # autocast may leave q and k in float32, v in bfloat16
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    out, lse, counts, skips, dropped_mass = _op()(
+    out, lse, counts, skips, dropped_mass = getattr(torch.ops, _namespace()).forward(
         q,
         k,
         v,

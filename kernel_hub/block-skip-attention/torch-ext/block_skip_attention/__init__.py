@@ -1,7 +1,7 @@
-"""Attention that skips blocks of keys whose softmax weight cannot matter (BLASST, BSFA), as one torch op.
+"""Attention that skips blocks of keys whose softmax weight cannot matter (BLASST, BSFA).
 
-On the CPU the level of instructions is chosen at run time; the environment variable HF_SPARSE_ATTENTION_CPU_LEVEL =
-portable | avx2 | avx512 | avx512_bf16 forces it down.
+On the CPU the level of instructions is chosen at run time; the environment variable
+HF_SPARSE_ATTENTION_CPU_LEVEL = portable | avx2 | avx512 | avx512_bf16 forces it down.
 """
 
 import torch
@@ -38,34 +38,44 @@ def forward(
     return_skips: bool = False,
     return_dropped_mass: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Attention of `q` over `k` and `v`, leaving out the blocks that every given rule agrees to skip.
+    """Attention of `q` over `k` and `v` without the blocks that every given rule agrees to skip.
 
-    B batch, Hq query heads, Hkv key/value heads, Lq queries, Lk keys, D and Dv head sizes, NQ block rows, NK blocks.
-    A call with at most 8 queries and more keys is decoding: there the heads of a group vote together, one position at a
-    time, and NQ = Lq; otherwise `block_q` rows of one head vote together.
+    B batch, Hq query heads, Hkv key/value heads, Lq queries, Lk keys, D and Dv head sizes, NQ block
+    rows, NK blocks. A call with at most 8 queries and more keys is decoding: there the heads of a
+    group vote together, one position at a time, and NQ = Lq; otherwise `block_q` rows of one head
+    vote together.
 
     Args:
-        q: `[B, Hq, Lq, D]` float32, bfloat16 or float16; k: `[B, Hkv, Lk, D]`; v: `[B, Hkv, Lk, Dv]`. D, Dv <= 512.
+        q: `[B, Hq, Lq, D]` float32, bfloat16 or float16; D up to 512.
+        k: `[B, Hkv, Lk, D]`.
+        v: `[B, Hkv, Lk, Dv]`; Dv up to 512.
         key_valid: bool `[B, Lk]`, False for keys that nobody sees.
         q_offset: int64 `[1]` or `[B]`, the key column of query row 0; None is `Lk - Lq`.
         sinks: float32 `[Hq]`, logits that join the softmax's denominator.
-        log_lambda: float32 `[B|1, Hq|1]`, skip if a block's max lies this far below the running max (< 0).
-        block_threshold: float32 `[B|1, Hq|1, NQ|1]`, skip if a block's max is below; never on the diagonal.
-        max_dropped_mass: float32 `[B|1, Hq|1]`, skip only while the dropped mass stays below this share of the kept.
+        log_lambda: float32 `[B|1, Hq|1]`, skip if a block's max lies this far (< 0) below the
+            running max.
+        block_threshold: float32 `[B|1, Hq|1, NQ|1]`, skip if a block's max is below; never on the
+            causal diagonal.
+        max_dropped_mass: float32 `[B|1, Hq|1]`, skip only while the dropped mass stays below this
+            share of the kept mass.
         scale: factor on `q k^T`.
         causal: row r sees columns <= `q_offset + r`.
         window: a row sees the last `window` columns only; 0 is no window.
         softcap: scores become `softcap * tanh(score / softcap)`; 0.0 is none.
-        block_q: 1 to 64; block_k: a divisor of 64, or a multiple of it up to 1024.
+        block_q: rows of a block, 1 to 64.
+        block_k: keys of a block: a divisor of 64, or a multiple of it up to 1024.
         order: in which blocks are visited: ASCENDING, SINK_DIAGONAL or DESCENDING.
-        split_k: decode: keys after which the running max starts anew from the sink and the newest block.
+        split_k: decode: keys after which the running max starts anew from the sink and the newest
+            block.
         keep_sink: with `block_threshold`, never skip block 0.
-        return_skips: return `skips`; return_dropped_mass: return `dropped_mass`.
+        return_skips: whether `skips` is wanted.
+        return_dropped_mass: whether `dropped_mass` is wanted.
 
     Returns:
-        out: `[B, Lq, Hq, Dv]`; lse: float32 `[B, Hq, Lq]`; counts: int64 `[B, Hq, 2]`, blocks visited and skipped;
-        skips: uint8 `[B, Hq, NQ, ceil(NK / 8)]` (decode: Hkv), bit j % 8 of byte j // 8 for block j, or empty;
-        dropped_mass: float32 `[B, Hq, Lq]`, a bound on the share of softmax mass dropped, or empty.
+        out: `[B, Lq, Hq, Dv]`; lse: float32 `[B, Hq, Lq]`; counts: int64 `[B, Hq, 2]`, blocks
+        visited and skipped; skips: uint8 `[B, Hq, NQ, ceil(NK / 8)]` (decode: Hkv), bit j % 8 of
+        byte j // 8 for block j, or empty; dropped_mass: float32 `[B, Hq, Lq]`, a bound on the share
+        of softmax mass dropped, or empty.
     """
     return ops.forward(
         q,
@@ -98,30 +108,11 @@ def cpu_level() -> str:
 
 # allow_override: the module may be imported twice, from two paths that hold the same build.
 @torch.library.register_fake(add_op_namespace_prefix("forward"), allow_override=True)
-def _forward_fake(
-    q,
-    k,
-    v,
-    key_valid,
-    q_offset,
-    sinks,
-    log_lambda,
-    block_threshold,
-    max_dropped_mass,
-    scale,
-    causal,
-    window,
-    softcap,
-    block_q,
-    block_k,
-    order,
-    split_k,
-    keep_sink,
-    return_skips,
-    return_dropped_mass,
-):
+def _forward_fake(q, k, v, *args):
+    # The schema's order; rules and masks do not change any shape.
+    block_q, block_k, return_skips, return_dropped_mass = args[10], args[11], args[15], args[16]
     batch, heads, q_len, _ = q.shape
-    _, kv_heads, kv_len, v_dim = v.shape
+    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     skips = q.new_empty((0,), dtype=torch.uint8)
     if return_skips:  # only then do shapes depend on the phase
         decode = q_len <= _DECODE_MAX_QUERIES and kv_len > q_len
