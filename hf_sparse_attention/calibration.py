@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.fitting import fit_blasst
@@ -32,7 +33,7 @@ def calibrate(
     levels: Sequence[int] = DEFAULT_LEVELS,
     target_sparsity: float | Sequence[float] | None = None,
     lengths: Sequence[int] | None = None,
-    geometry: BlockGeometry | None = None,
+    geometry: BlockGeometry | str | None = None,
     keep_sink: bool = True,
     progress: bool = True,
 ) -> SparseAttentionConfig:
@@ -53,7 +54,8 @@ def calibrate(
             over all, and the first is what runs until another target is set. None: 0.5, fitted over
             0.3-0.7.
         lengths: cut every sample to each of these lengths; None: samples as they are.
-        geometry: the blocks to calibrate for; None is 64x64, sink and diagonal first.
+        geometry: the blocks to calibrate for, or their name; None is 64x64, sink and diagonal
+            first. They are the blocks that the thresholds run on.
         keep_sink: never skip block 0 under BSFA.
         progress: show a progress bar.
 
@@ -65,14 +67,15 @@ def calibrate(
     """
     if method not in METHOD_NAMES:
         raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {method!r}")
-    geometry = geometry or BlockGeometry()
+    geometry = values.geometry(geometry or BlockGeometry())
+    levels = sorted(set(levels))
+    if not levels or levels[0] < 1:
+        raise ValueError(f"levels: expected positive integers, got {levels}")
     targets = _targets(target_sparsity)
     samples = _cut(token_rows(data), lengths)
     observer = _Observer(
         geometry,
-        GapHistograms(geometry)
-        if method == "blasst"
-        else TopBlocks(geometry, sorted(set(levels)), keep_sink),
+        GapHistograms(geometry) if method == "blasst" else TopBlocks(geometry, levels, keep_sink),
     )
     tokens = _observe(model, samples, observer, method, progress)
     provenance: dict[str, Any] = {
