@@ -53,13 +53,13 @@ def _check_tensors(call: AttentionCall) -> None:
 def _check_options(call: AttentionCall) -> None:
     batch, heads, q_len, _ = call.q.shape
     kv_len = call.k.shape[2]
-    if not math.isfinite(call.scale):
+    if not abs(call.scale) < math.inf:  # unlike math.isfinite, this can be traced
         raise ValueError(f"scale: expected a finite number, got {call.scale}")
     if call.window is not None and call.window < 1:
         raise ValueError(f"window: expected at least 1 key, got {call.window}")
     if call.window is not None and not call.causal:
         raise ValueError("window: expected causal=True with a window, got causal=False")
-    if call.softcap is not None and not (math.isfinite(call.softcap) and call.softcap > 0):
+    if call.softcap is not None and not 0 < call.softcap < math.inf:
         raise ValueError(f"softcap: expected a positive number, got {call.softcap}")
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {call.dropout}")

@@ -48,6 +48,8 @@ def run(
     if _needs_no_mask(call):
         return AttentionResult(_sdpa(call, call.q, None).transpose(1, 2).contiguous(), backend=NAME)
     step = max(1, _MASK_ELEMENTS // (batch * kv_len))
+    if q_len <= step:  # not a loop of one: a loop would fix the length in a compiled graph
+        return AttentionResult(_rows(call, 0, q_len).transpose(1, 2).contiguous(), backend=NAME)
     parts = [_rows(call, start, min(start + step, q_len)) for start in range(0, q_len, step)]
     return AttentionResult(torch.cat(parts, dim=2).transpose(1, 2).contiguous(), backend=NAME)
 
