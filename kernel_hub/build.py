@@ -2,10 +2,10 @@
 
     python kernel_hub/build.py [--force] [--sanitize] [--output DIR] [--jobs N] [REPO ...]
 
-Needs no nix: g++ (or what CXX names) and, for its headers, an installed torch >= 2.11; Python's own are
-not needed. One build serves every later torch and every Python, as only torch's stable ABI is used. A
-build whose sources have not changed is kept. The exit status is 0 if everything asked for is built, 2
-if there is no compiler.
+Needs no nix: g++ (or what CXX names) and, for its headers, an installed torch >= 2.11; Python's own
+headers are not needed. One build serves every later torch and every Python: only torch's stable ABI
+is used. A build whose sources have not changed is kept. The exit status is 0 if everything asked
+for is built, 2 if there is no compiler.
 """
 
 import argparse

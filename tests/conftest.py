@@ -1,5 +1,9 @@
 """For every test: one torch thread a worker, a fixed seed, no `gpu` tests without a GPU."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +13,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cpu_kernel() -> None:
+    """The compiled CPU kernel, built from the sources as they are; skips where there is no g++."""
+    builder = Path(__file__).parents[1] / "kernel_hub" / "build.py"
+    done = subprocess.run([sys.executable, str(builder)], capture_output=True, text=True)
+    if done.returncode == 2:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
