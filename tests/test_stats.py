@@ -174,6 +174,7 @@ def test_inference_mode_may_come_and_go():
 
 
 def test_compiled_forwards_are_counted_without_recompiling():
+    torch._dynamo.reset()
     model = torch.nn.Linear(1, 1)
     counter = CompileCounter()
 
