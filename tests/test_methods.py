@@ -323,3 +323,12 @@ def test_rules_compile_once_for_all_values_and_lengths(name):
             actual = compiled(call.q, call.k, call.key_valid, call.q_offset)
             torch.testing.assert_close(actual, expected)
     assert counter.frame_count == 1
+
+
+def test_a_levels_table_starts_its_own_storage():
+    """torch.compile may guard on a view's offset, and recompile for another level."""
+    thresholds = tables()
+    for level in (2, 4):
+        prepared = METHODS["bsfa"].prepare(bsfa(thresholds, level=level), torch.device("cpu"))
+        assert prepared["prefill.threshold"].storage_offset() == 0
+        assert prepared["decode.threshold"].storage_offset() == 0
