@@ -19,7 +19,7 @@ class Run:
     """What one way of attention gave.
 
     Attributes:
-        name: "dense", "blasst" or "bsfa".
+        name: What the report calls it.
         first_token_s: Seconds from the prompt to the first token (one prefill).
         decode_tokens_per_s: Over the tokens after the first.
         tokens: The generated token ids.
@@ -33,6 +33,14 @@ class Run:
     tokens: list[int]
     logits: torch.Tensor
     stats: Any = None
+
+    def with_times_of(self, other: "Run") -> "Run":
+        """This run, with the better of its own and `other`'s times."""
+        return replace(
+            self,
+            first_token_s=min(self.first_token_s, other.first_token_s),
+            decode_tokens_per_s=max(self.decode_tokens_per_s, other.decode_tokens_per_s),
+        )
 
     def with_stats(self, stats: Any) -> "Run":
         """This run, with the stats of another run of the same."""

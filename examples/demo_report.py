@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from demo_measure import COMPARED, Difference, Run, difference
+from demo_measure import Difference, Run, difference
 from demo_prompt import Prompt
 from rich.console import Console
 from rich.table import Table
@@ -52,9 +52,14 @@ def _skipping(runs: list[Run]) -> list[Row]:
     ]
     for phase in ("prefill", "decode"):
         masses = [_dropped_mass(run, phase) for run in runs]
-        for key, row in (("p50", "median row"), ("p99", "99% of rows"), ("max", "worst row")):
+        rows.append((f"dropped mass, {phase}", []))
+        for key, row in (
+            ("p50", "median row"),
+            ("p99", "99% of rows"),
+            ("max", "any row"),
+        ):
             cells = ["-" if mass is None else _percent(mass[key]) for mass in masses]
-            rows.append((f"dropped mass <=, {phase}, {row}", cells))
+            rows.append((f"  {row} <=", cells))
     return rows
 
 
@@ -63,11 +68,11 @@ def _logits(gaps: list[Difference]) -> list[Row]:
         return label, ["-", *cells]
 
     return [
-        row("logits: largest difference", *(f"{gap.max_abs:.2f}" for gap in gaps)),
-        row("logits: mean difference", *(f"{gap.mean_abs:.3f}" for gap in gaps)),
-        row("KL(dense || sparse), mean", *(f"{gap.mean_kl:.1e} nats" for gap in gaps)),
-        row("KL(dense || sparse), largest", *(f"{gap.max_kl:.1e} nats" for gap in gaps)),
-        row(f"same top token, last {COMPARED}", *(_percent(gap.top1_agreement) for gap in gaps)),
+        row("logits, largest gap", *(f"{gap.max_abs:.2f}" for gap in gaps)),
+        row("logits, mean gap", *(f"{gap.mean_abs:.3f}" for gap in gaps)),
+        row("KL in nats, mean", *(f"{gap.mean_kl:.1e}" for gap in gaps)),
+        row("KL in nats, largest", *(f"{gap.max_kl:.1e}" for gap in gaps)),
+        row("same top token", *(_percent(gap.top1_agreement) for gap in gaps)),
     ]
 
 
@@ -77,7 +82,7 @@ def _print_answers(console: Console, runs: list[Run], prompt: Prompt, tokenizer:
     for run in runs:
         text = tokenizer.decode(run.tokens, skip_special_tokens=True)
         answer = f"[dim]{prompt.answer_start}[/dim][green]{_first_line(text)}[/green]"
-        console.print(f"[bold]{run.name:>8}[/bold]  {answer}")
+        console.print(f"[bold]{run.name:>7}[/bold]  {answer}")
 
 
 def _first_line(text: str) -> str:
