@@ -29,6 +29,8 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
     """Why this call cannot be served, or None."""
     if call.mask is not None:
         return "an arbitrary mask has no block structure"
+    if torch.compiler.is_compiling():
+        return "it reads tensor values, which a compiled graph cannot"
     if call.dropout > 0:
         return "attention dropout cannot be combined with block skipping"
     return None
