@@ -136,7 +136,7 @@ def attention(
         for h, r in rows:
             pairs = [pair for j in kept for pair in keys[j].get((h, r), [])]
             total = sum(math.exp(s) for _, s in pairs)
-            if sinks is not None:
+            if sinks is not None and any(sees(r, c) for c in range(len(k[0]))):
                 total += math.exp(sinks[h])
             if total > 0:
                 lse[h][r] = math.log(total)

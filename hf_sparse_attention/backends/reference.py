@@ -78,7 +78,9 @@ def run(
             )
             skipped = decision.skipped.repeat_interleave(heads // voters, 0)  # [Hq, NK]
             hidden = skipped.repeat_interleave(geometry.block_k, 1)[:, None, : scores.shape[-1]]
-            out_rows, lse[b, :, rows] = request.attend(scores.masked_fill(hidden, -math.inf))
+            out_rows, lse_rows = request.attend(scores.masked_fill(hidden, -math.inf))
+            # A row that sees nothing has no softmax, whether or not there are sinks.
+            lse[b, :, rows] = lse_rows.masked_fill(~visible.any(-1), -math.inf)
             rows_out.append(out_rows)
             log_c[b, :, rows] = decision.log_c.reshape(heads, -1)
             counts[b, :, 0] += decision.visited
