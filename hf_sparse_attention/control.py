@@ -12,6 +12,7 @@ from typing import Any, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_attention.backends import BACKENDS
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.config_schema import CONFIG_KEY, is_ours
 from hf_sparse_attention.interface import foreign_message
@@ -72,6 +73,10 @@ def set_sparse_attention(
     else:
         valid = ", ".join(repr(name) for name in get_args(MethodName))
         raise ValueError(f"method: expected one of {valid} or a config, got {method!r}")
+    if backend not in (None, "auto", *BACKENDS):
+        raise ValueError(
+            f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {backend!r}"
+        )
     changes: dict[str, Any] = {
         "target_sparsity": _merged(config.target_sparsity, target_sparsity),
         "threshold_scale_factor": _merged(config.threshold_scale_factor, threshold_scale_factor),
