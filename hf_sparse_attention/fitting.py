@@ -61,10 +61,12 @@ def fit_blasst(
     """
     factors: dict[Phase, dict[str, float]] = {}
     report: dict[str, Any] = {}
+    shortest = gaps.lengths("prefill")[0]
     for phase in PHASES:
-        lengths = gaps.lengths(phase)
-        # Short decode positions have too few blocks to say anything about long requests.
-        curves = {n: Curve(gaps.total(phase, n)) for n in lengths if n >= lengths[-1] / 8}
+        # Every sample also holds short decode positions. Nobody decodes there who runs requests of
+        # these lengths, and with their few blocks they would pull the fit away.
+        lengths = [n for n in gaps.lengths(phase) if n >= shortest / 2]
+        curves = {n: Curve(gaps.total(phase, n)) for n in lengths}
         points = [
             (n, s, curve.log_scale_factor(s))
             for n, curve in curves.items()

@@ -200,6 +200,18 @@ def test_the_fit_recovers_its_own_formula():
         assert report[phase]["predicted"]["1000"]["0.5"] == pytest.approx(0.5, abs=5e-3)
 
 
+def test_decode_is_fitted_where_requests_of_these_lengths_decode():
+    """Positions below half of the shortest sample are not the ones that run."""
+
+    class WithShortPositions(Made):
+        def lengths(self, phase):
+            return [1000, 2000] if phase == "prefill" else [64, 499, 500, 1000, 2000]
+
+    _, report = fit_blasst(WithShortPositions(a=2.0, b=6.0), [0.5])
+    assert report["decode"]["lengths"] == [500, 1000, 2000]
+    assert report["prefill"]["lengths"] == [1000, 2000]
+
+
 def test_one_target_gives_version_one():
     factors, report = fit_blasst(Made(a=2.0, b=6.0), [0.5])
     assert factors["decode"]["b"] == 0.0
