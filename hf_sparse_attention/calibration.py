@@ -93,6 +93,7 @@ def calibrate(
             provenance={**provenance, "fit": fit},
         )
     tables = _thresholds(observer, ModelFingerprint.of(model.config))
+    provenance["predicted_sparsity"] = {p: observer.rows.predicted_sparsity(p) for p in PHASES}
     return SparseAttentionConfig(
         method="bsfa", tables=tables, geometry=geometry, keep_sink=keep_sink, provenance=provenance
     )

@@ -181,6 +181,8 @@ class TopBlocks:
     keep_sink: bool
     sums: dict[tuple[Phase, int], Tensor] = field(default_factory=dict)
     samples: dict[tuple[Phase, int], Tensor] = field(default_factory=dict)
+    #: By phase: blocks visited, and for each level those beyond the k that are kept.
+    blocks: dict[Phase, list[int]] = field(default_factory=dict)
 
     def add(self, layer: int, heads: int, row: BlockRow) -> None:
         """Adds a block row of a layer that has `heads` voters; incomplete ones say nothing."""
@@ -199,6 +201,15 @@ class TopBlocks:
                 sums[n, row.heads, i] = -math.inf
         if row.heads.start == 0:
             samples[i] += 1
+        here = [len(row.seen), *(max(0, len(candidates) - k) for k in self.levels)]
+        voters = row.heads.stop - row.heads.start
+        before = self.blocks.get(row.phase, [0] * len(here))
+        self.blocks[row.phase] = [x + voters * n for x, n in zip(before, here, strict=True)]
+
+    def predicted_sparsity(self, phase: Phase) -> dict[str, float]:
+        """The sparsity that keeping exactly k gives on the same samples, by k (paper, 5.1)."""
+        visited, *skipped = self.blocks[phase]
+        return {str(k): round(n / visited, 4) for k, n in zip(self.levels, skipped, strict=True)}
 
     def _room(
         self, key: tuple[Phase, int], heads: int, positions: int, device: torch.device

@@ -256,7 +256,9 @@ def test_bsfa_on_unseen_inputs(model):
         set_sparse_attention(model, config, level=level, min_length=0, backend="reference")
         stats = run(model)
         kept = sum(min(i + 1, level + 2) for i in range(30))
-        assert stats.sparsity("prefill") == pytest.approx(1 - kept / (30 * 31 / 2), abs=0.05)
+        predicted = config.provenance["predicted_sparsity"]["prefill"][str(level)]
+        assert predicted == pytest.approx(1 - kept / (30 * 31 / 2), abs=1e-4)
+        assert stats.sparsity("prefill") == pytest.approx(predicted, abs=0.05)
         assert stats.sparsity("decode") == pytest.approx(1 - (level + 2) / 30, abs=0.1)
 
 
