@@ -185,8 +185,11 @@ class TopBlocks:
     blocks: dict[Phase, list[int]] = field(default_factory=dict)
 
     def add(self, layer: int, heads: int, row: BlockRow) -> None:
-        """Adds a block row of a layer that has `heads` voters; incomplete ones say nothing."""
-        if not row.full:
+        """Adds a block row of a layer that has `heads` voters; incomplete ones say nothing.
+
+        Nor do modules without a layer number (negative ones): thresholds are found by it.
+        """
+        if not row.full or layer < 0:
             return
         always = {*row.diagonal, 0} if self.keep_sink else {*row.diagonal}
         candidates = [j for j in row.seen if j not in always]

@@ -171,6 +171,16 @@ def test_head_by_head_is_the_same(monkeypatch):
     torch.testing.assert_close(both(), together)
 
 
+def test_modules_without_a_layer_number_have_no_thresholds():
+    top = TopBlocks(GEOMETRY, [2], True)
+    call = structured(100)
+    for layer in (-4, 0):
+        for row in block_rows(call if layer == 0 else structured(100), GEOMETRY):
+            top.add(layer, 4 if row.phase == "prefill" else 2, row)
+    alone = observed([call], TopBlocks(GEOMETRY, [2], True))
+    torch.testing.assert_close(top.table("prefill", 4), alone.table("prefill", 4))
+
+
 # The fit
 
 

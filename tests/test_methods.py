@@ -285,6 +285,8 @@ def test_bsfa_refuses(config, message):
 def test_a_foreign_shape_is_refused():
     with pytest.raises(ValueError, match=r"layer 3 with 4 heads.*3 layers with 4 heads"):
         rule_of(bsfa(tables()), attention_call(64, 64), layer=3)
+    with pytest.raises(ValueError, match="layer -4 with 4 heads"):
+        rule_of(bsfa(tables()), attention_call(64, 64), layer=-4)
     with pytest.raises(ValueError, match=r"8 heads.*with 4 heads"):
         rule_of(bsfa(tables()), attention_call(64, 64, heads=8))
 

@@ -56,7 +56,7 @@ class Bsfa(Method):
         if table is None:
             return SkipRule(max_dropped_mass=budget, keep_sink=config.keep_sink)
         heads = call.q.shape[1]
-        if layer >= table.shape[0] or heads > table.shape[1]:
+        if not 0 <= layer < table.shape[0] or heads > table.shape[1]:
             raise ValueError(
                 f"thresholds: expected layer {layer} with {heads} heads to be calibrated, got "
                 f"{table.shape[0]} layers with {table.shape[1]} heads; they are another model's"
