@@ -37,27 +37,27 @@ from torch import Tensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
-    packed_sequence_compatibility_function,
     sdpa_mask,
-    sliding_window_causal_mask_function,
 )
+from transformers.utils.import_utils import is_tracing
 
 from hf_sparse_attention.interface import refuse_foreign
+from hf_sparse_attention.mask_patterns import Pattern, recognise, sequence_numbers
 
 #: The dtype of a coded mask says which pattern it is.
-CAUSAL, WINDOWED, PACKED, PACKED_WINDOWED = torch.int8, torch.int16, torch.int32, torch.int64
-_CODED = (CAUSAL, WINDOWED, PACKED, PACKED_WINDOWED)
+CODED: dict[Pattern, torch.dtype] = {
+    "causal": torch.int8,
+    "windowed": torch.int16,
+    "packed": torch.int32,
+    "packed_windowed": torch.int64,
+}
+_PATTERNS = {dtype: pattern for pattern, dtype in CODED.items()}
 
-#: Codes of key columns (CAUSAL and WINDOWED). PACKED masks hold the sequence number instead.
+#: Codes of key columns. Packed masks hold the number of the sequence instead.
 PADDING, VALID, UNWRITTEN = 0, 1, 2  # UNWRITTEN: beyond the newest query, as in a static cache
 
 #: `config.model_type` of models that compute with the mask they get, and so need a real one.
 MASK_READERS = frozenset({"deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text"})
-
-_WINDOW_PROBE = sliding_window_causal_mask_function(1)
-_PACKED_PROBE = packed_sequence_compatibility_function(
-    causal_mask_function, torch.zeros(1, 1), torch.zeros(1, 1)
-)
 
 
 def sparse_attention_mask(
@@ -106,20 +106,21 @@ def sparse_attention_mask(
 
     pattern = None
     if not reads_masks and not use_vmap:
-        pattern = _recognise(mask_function, local_size, allow_is_causal_skip, config)
+        pattern = recognise(mask_function, local_size, allow_is_causal_skip, config)
     fits = isinstance(q_offset, Tensor) or q_offset + q_length <= kv_offset + kv_length
-    if pattern in (CAUSAL, WINDOWED) and fits:
+    if pattern in ("causal", "windowed") and fits:
         end = q_offset + q_length - kv_offset
         aligned = not isinstance(end, Tensor) and end == kv_length
         # With a window in the config, None could be taken for it: the keyword may come without one.
-        no_window = pattern is CAUSAL and getattr(config, "sliding_window", None) is None
+        no_window = pattern == "causal" and getattr(config, "sliding_window", None) is None
         if no_window and aligned and (valid is None or _is_all_true(valid)):
             return None
-        codes = _code_columns(pattern, valid, kv_length, kv_length if aligned else end, device)
+        codes = _code_columns(
+            CODED[pattern], valid, kv_length, kv_length if aligned else end, device
+        )
         return codes.expand(batch_size, -1)[:, None, None, :]
-    if pattern in (PACKED, PACKED_WINDOWED) and valid is None:
-        sequences: Tensor = _cell(_cell(mask_function)[0])
-        return sequences[:, None, None, :].to(pattern)
+    if pattern in ("packed", "packed_windowed") and valid is None:
+        return sequence_numbers(mask_function)[:, None, None, :].to(CODED[pattern])
     mask: Tensor = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -147,64 +148,8 @@ def _key_validity(attention_mask: Tensor | None, kv_length: int, kv_offset: int)
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _recognise(
-    mask_function: Callable[..., Any],
-    local_size: int | None,
-    allow_is_causal_skip: bool,
-    config: Any,
-) -> torch.dtype | None:
-    """The pattern of `mask_function`, or None where it is none that we know.
-
-    Compares the code objects of transformers' closures. Their contents cannot be read while a graph
-    is traced; there `local_size` stands in, which means the same unless the config has chunks too.
-    """
-    if allow_is_causal_skip and mask_function is causal_mask_function:
-        return CAUSAL
-    if torch.compiler.is_compiling():
-        windowed = (
-            allow_is_causal_skip
-            and getattr(mask_function, "__code__", None) is _WINDOW_PROBE.__code__
-            and local_size is not None
-            and local_size == getattr(config, "sliding_window", None)
-            and getattr(config, "attention_chunk_size", None) is None
-        )
-        return WINDOWED if windowed else None
-    if allow_is_causal_skip and _window_of(mask_function) is not None:
-        return WINDOWED
-    if not _same_code(mask_function, _PACKED_PROBE):
-        return None
-    parts = _cell(mask_function)
-    probe = _cell(_PACKED_PROBE)
-    if len(parts) != 2 or not all(map(_same_code, parts, probe)):
-        return None
-    inner = next(c for c in (x.cell_contents for x in parts[1].__closure__) if callable(c))
-    if inner is causal_mask_function:
-        return PACKED
-    return PACKED_WINDOWED if _window_of(inner) is not None else None
-
-
-def _window_of(mask_function: Callable[..., Any]) -> int | None:
-    """The window of a sliding-window causal mask function; None for any other function."""
-    if not _same_code(mask_function, _WINDOW_PROBE):
-        return None
-    parts = _cell(mask_function)
-    overlay = _cell(_WINDOW_PROBE)[0]
-    if len(parts) != 2 or parts[1] is not causal_mask_function or not _same_code(parts[0], overlay):
-        return None
-    return int(_cell(parts[0]))
-
-
-def _same_code(a: Any, b: Any) -> bool:
-    return getattr(a, "__code__", None) is b.__code__
-
-
-def _cell(function: Any) -> Any:
-    """What the first cell of a closure holds."""
-    return function.__closure__[0].cell_contents
-
-
 def _code_columns(
-    pattern: torch.dtype,
+    dtype: torch.dtype,
     valid: Tensor | None,
     kv_length: int,
     end: int | Tensor,
@@ -212,9 +157,9 @@ def _code_columns(
 ) -> Tensor:
     """`[B|1, Lk]`: what each key column is; those from `end` on are beyond the newest query."""
     if valid is None:
-        codes = torch.ones((1, kv_length), dtype=pattern, device=device)
+        codes = torch.ones((1, kv_length), dtype=dtype, device=device)
     else:
-        codes = valid.to(pattern)
+        codes = valid.to(dtype)
     if isinstance(end, int) and end >= kv_length:
         return codes
     return codes.masked_fill(torch.arange(kv_length, device=device) >= end, UNWRITTEN)
@@ -222,7 +167,7 @@ def _code_columns(
 
 def _is_all_true(valid: Tensor) -> bool:
     """Whether nothing is padding; False where that cannot be read because a graph is traced."""
-    return not torch.compiler.is_compiling() and bool(valid.all())
+    return not is_tracing(valid) and bool(valid.all())
 
 
 @dataclass(frozen=True)
@@ -259,7 +204,7 @@ def read_mask(mask: Tensor | None, q_length: int, kv_length: int, causal: bool) 
         raise ValueError(
             f"attention mask: expected [B, 1, {q_length}, {kv_length}], got {list(mask.shape)}"
         )
-    if mask.dtype in _CODED:
+    if mask.dtype in _PATTERNS:
         return _read_coded(mask, q_length)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"attention mask: expected bool or floating point, got {mask.dtype}")
@@ -279,8 +224,9 @@ def _read_coded(mask: Tensor, q_length: int) -> MaskReading:
             f"attention mask: expected bool or floating point, got {mask.dtype} {list(mask.shape)}"
         )
     codes = mask[:, 0, 0, :]
-    windowed = mask.dtype in (WINDOWED, PACKED_WINDOWED)
-    if mask.dtype in (PACKED, PACKED_WINDOWED):
+    pattern = _PATTERNS[mask.dtype]
+    windowed = pattern in ("windowed", "packed_windowed")
+    if pattern in ("packed", "packed_windowed"):
         return MaskReading(True, windowed=windowed, sequences=codes.long())
     return MaskReading(
         True,

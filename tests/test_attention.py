@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention.attention import blasst_attention, bsfa_attention
-from hf_sparse_attention.masks import WINDOWED
+from hf_sparse_attention.masks import CODED
 from hf_sparse_attention.settings import ATTRIBUTE, LayerSettings
 
 
@@ -171,7 +171,7 @@ def test_attention_weights_are_those_of_eager() -> None:
 
 
 def test_a_windowed_mask_without_a_window_is_refused() -> None:
-    mask = torch.ones(2, 1, 1, 70, dtype=WINDOWED)
+    mask = torch.ones(2, 1, 1, 70, dtype=CODED["windowed"])
     with pytest.raises(ValueError, match="Module: expected the keyword sliding_window"):
         blasst_attention(never_skipping(), *tensors(), mask)
 
