@@ -54,7 +54,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Attend | str:
     if q.shape[2] == 1:
         return "compiled FlexAttention decode is not part of this comparison"
 
-    def causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def causal(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return column <= row
 
     mask = create_block_mask(causal, None, None, q.shape[2], k.shape[2], device="cpu")
@@ -170,7 +170,8 @@ def onnxruntime(q: Tensor, k: Tensor, v: Tensor) -> Attend | str:
             kind = x.numpy().dtype.type
             bind(name, "cpu", 0, kind, list(x.shape), x.data_ptr())
 
-    def attend(alive: object = (tensors, results)) -> Tensor:  # the binding holds bare addresses
+    def attend() -> Tensor:
+        assert tensors, "kept alive here: the binding holds bare addresses"
         session.run_with_iobinding(binding)
         return out.view(batch, q_len, heads, size).transpose(1, 2)
 

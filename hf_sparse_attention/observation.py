@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_sparse_attention.backends.reference import _visit_order
+from hf_sparse_attention.backends.reference import visit_order
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, Phase
 
 _SCORES_AT_A_TIME = 2**24  # float32 scores held at once: 64 MiB
@@ -49,7 +49,7 @@ class BlockRow:
 
         inf where the block is never skipped; section 2 of the BLASST paper, with our orders.
         """
-        seed, splits = _visit_order(self.seen, geometry, self.diagonal, self.phase == "decode")
+        seed, splits = visit_order(self.seen, geometry, self.diagonal, self.phase == "decode")
         nothing = self.row_max.new_full((*self.row_max.shape[:2], 1), -math.inf)
         start = torch.cat([nothing, self.row_max[..., seed]], dim=-1).amax(-1, keepdim=True)
         gaps = [self.row_max.new_full((len(self.row_max), len(seed)), math.inf)]

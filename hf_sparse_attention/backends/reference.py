@@ -245,7 +245,7 @@ def _decide(
     )
     nothing = torch.full(scores.shape[:2], -math.inf, dtype=scores.dtype, device=scores.device)
     seen = visible.nonzero().flatten().tolist()
-    seed, splits = _visit_order(seen, geometry, diagonal, split)
+    seed, splits = visit_order(seen, geometry, diagonal, split)
 
     seed_m, seed_log_l = nothing, nothing
     for j in seed:  # never skipped
@@ -270,7 +270,7 @@ def _decide(
     return _Decision(skipped, len(seen), total_log_c)
 
 
-def _visit_order(
+def visit_order(
     seen: list[int], geometry: BlockGeometry, diagonal: range, split: bool
 ) -> tuple[list[int], list[list[int]]]:
     """The blocks `seen` in the order of `geometry`.
