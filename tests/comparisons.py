@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -88,6 +88,18 @@ def skipping(builder: Callable[[], Any], factor: float = 20.0, **settings: Any) 
     settings = {"threshold_scale_factor": factor, "min_length": 0, **settings}
     hsa.set_sparse_attention(model, SMALL_BLOCKS)
     hsa.set_sparse_attention(model, **settings)
+    return model
+
+
+def skipping_bsfa(builder: Callable[[], Any], **settings: Any) -> Any:
+    """The model with BSFA, calibrated on two samples to keep 2 small blocks off the diagonal."""
+    model = build(builder)
+    samples = [token_ids(1, 96, seed=5), token_ids(1, 96, seed=6)]
+    blocks = SMALL_BLOCKS.geometry
+    config = hsa.calibrate(
+        model, samples, method="bsfa", levels=[2], geometry=blocks, progress=False
+    )
+    hsa.set_sparse_attention(model, config, **{"min_length": 0, **settings})
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from comparisons import skipping
+from comparisons import skipping, skipping_bsfa
 from tiny_models import padded, token_ids
 from torch import Tensor
 from transformers import DynamicCache, StaticCache, masking_utils
@@ -22,8 +22,13 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, SkipRule
 
 #: With the threshold_scale_factor under which enough is skipped: a window or a softcap leaves few
 #: scores far below the largest.
-FAMILIES = {"llama": 20.0, "mistral": 1e6, "gemma2": 1e6, "gpt_oss": 20.0}
+FAMILIES = {"llama": 20.0, "mistral": 1e6, "gemma2": 1e6, "gpt_oss": 20.0, "deepseek_v3": 20.0}
 Seen = list[tuple[AttentionCall, AttentionResult]]
+
+
+def model_of(name: str, method: str) -> Any:
+    builder = tiny_models.DECODERS[name]
+    return skipping(builder, FAMILIES[name]) if method == "blasst" else skipping_bsfa(builder)
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def watching(monkeypatch: pytest.MonkeyPatch, lam: float | None = None) -> Itera
     run = attention.attend
 
     def watch(call: AttentionCall, rule: SkipRule, *args: Any, **kwargs: Any) -> Any:
-        if lam is not None:
+        if lam is not None and rule.log_lambda is not None:
             rule = replace(rule, log_lambda=torch.tensor([[math.log(lam)]]))
         result = run(call, rule, *args, **{**kwargs, "return_skips": True})
         seen.append((call, result))
@@ -75,12 +80,13 @@ def check_that_some_but_not_all_are_skipped(seen: Seen) -> None:
     ],
 )
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["blasst", "bsfa"])
 def test_a_padded_batch_decides_as_its_requests_alone(
-    name: str, side: str, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder, lengths = tiny_models.DECODERS[name], [96, 41, 75]
+    lengths = [96, 41, 75]
     ids, mask = padded(lengths, side)
-    model = skipping(builder, FAMILIES[name])
+    model = model_of(name, method)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with watching(monkeypatch) as together:
         model(ids, attention_mask=mask, position_ids=positions)
@@ -102,10 +108,11 @@ def decode(model: Any, cache: Any, mask: Tensor | None = None) -> None:
 
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["blasst", "bsfa"])
 def test_a_static_cache_decides_as_a_dynamic_one(
-    name: str, padding: str, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = skipping(tiny_models.DECODERS[name], FAMILIES[name])
+    model = model_of(name, method)
     mask = torch.ones(2, 84, dtype=torch.long)
     if padding == "padded":
         mask[1, :33] = 0
@@ -121,11 +128,12 @@ def test_a_static_cache_decides_as_a_dynamic_one(
 
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("method", ["blasst", "bsfa"])
 def test_a_prefill_in_chunks_decides_as_a_whole_one(
-    name: str, cache_kind: str, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, cache_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At multiples of block_q, and with lambda fixed: it goes with the keys seen so far."""
-    model = skipping(tiny_models.DECODERS[name])
+    model = model_of(name, method)
     ids = token_ids(1, 96)
     with watching(monkeypatch, lam=0.7) as whole:
         model(ids)
@@ -147,10 +155,11 @@ def test_a_prefill_in_chunks_decides_as_a_whole_one(
     reason="this transformers makes packed masks otherwise; they run dense",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("method", ["blasst", "bsfa"])
 def test_packed_sequences_decide_as_requests_of_their_own(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = skipping(tiny_models.DECODERS[name], FAMILIES[name])
+    model = model_of(name, method)
     lengths = [60, 20, 16]
     ids, positions = token_ids(1, 96), torch.cat([torch.arange(n) for n in lengths])[None]
     with watching(monkeypatch) as packed:
