@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attention.backends import reference
-from hf_sparse_attention.backends.reference import _Request, _RowRule, _to_blocks, _visit_order
+from hf_sparse_attention.backends.reference import _Request, _RowRule, _to_blocks, visit_order
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
 
 U = 2.0**-24
@@ -96,7 +96,7 @@ class BlockRow:
         visible = _to_blocks(self.visible, self.geometry.block_k, False).any(-1).any(0)
         seen = visible.nonzero().flatten().tolist()
         decode = self.call.phase == "decode"
-        seed, splits = _visit_order(seen, self.geometry, self.diagonal, decode)
+        seed, splits = visit_order(seen, self.geometry, self.diagonal, decode)
         assert not skipped[:, ~visible].any(), "a block that nobody sees cannot be skipped"
         assert not skipped[:, seed].any(), "the seed is never skipped"
 

@@ -72,6 +72,10 @@ class Decider {
  private:
   void walk() {
     const int64_t first = span_.lo / p_.block_k, last = (span_.hi - 1) / p_.block_k + 1;
+    if (!p_.any_rule) {
+      keep_all(first, last);
+      return;
+    }
     diagonal_ = p_.causal ? (rq_.offset + t_) / p_.block_k : -1;
     if (p_.order == kDescending) {
       for (int64_t j = last; j-- > first;) visit(j);
@@ -100,6 +104,17 @@ class Decider {
       begin_split(1.0f / float(splits));
       visit_run(j, end_of_split(j, to));
       end_split();
+    }
+  }
+
+  void keep_all(int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) fate_[j] = seen(j) ? kKept : kUnseen;
+    for (int64_t g = 0; g < p_.G; ++g) {
+      vf top = splat(-kInf);  // vmax(x, top) passes over a NaN x: its weight will tell
+      int64_t j = first;
+      for (; j + W <= last; j += W) top = vmax(load(rows_[g].block_max + j), top);
+      for (; j < last; ++j) top = vmax(splat(rows_[g].block_max[j]), top);
+      for (int i = 0; i < W; ++i) rows_[g].top = top[i] > rows_[g].top ? top[i] : rows_[g].top;
     }
   }
 
@@ -141,22 +156,29 @@ class Decider {
   }
 
   void visit_run(int64_t j0, int64_t j1) {
+    const bool plain = p_.block_k == 1 && !track_ && !rq_.valid && !p_.threshold.data;
     for (int64_t j = j0; j < j1; ++j) {
-      if (p_.any_rule && p_.block_k == 1 && !track_ && !rq_.valid && !p_.threshold.data &&
-          j + W <= j1 && all_skip(j)) {
-        memset(fate_ + j, kSkipped, W);
+      if (plain && j + W <= j1 && visit_many(j))
         j += W - 1;
-        continue;
-      }
-      visit(j);
+      else
+        visit(j);
     }
   }
 
-  // Whether the W single-key blocks from j on are all skipped: with none kept among them, the bound
-  // stands still.
-  bool all_skip(int64_t j) const {
-    for (int64_t g = 0; g < p_.G; ++g)
-      if (any_not_below(load(rows_[g].scores + j), splat(rows_[g].bound))) return false;
+  // Decides W single-key blocks at once; false if one of them raises a running max, on which the
+  // others then depend.
+  bool visit_many(int64_t j) {
+    vi keep = {};
+    for (int64_t g = 0; g < p_.G; ++g) {
+      const vf x = load(rows_[g].scores + j);
+      const vi rises = ~(x <= rows_[g].m);  // NaN too: let the careful path look at it
+      if (any_set(rises)) return false;
+      keep |= ~(x < rows_[g].bound);
+    }
+    typedef uint8_t bytes __attribute__((vector_size(W)));
+    const bytes fate =
+        __builtin_convertvector(int32_t(kSkipped) + keep, bytes);  // a true compare is -1
+    memcpy(fate_ + j, &fate, W);
     return true;
   }
 

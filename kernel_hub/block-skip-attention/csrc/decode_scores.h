@@ -11,15 +11,46 @@ namespace bsa::BSA_LEVEL {
 
 constexpr int kDecodeRows = NR;  // rows in a tile: as many accumulators as the tiles of prefill
 
-// The sums of W vectors as one vector: neighbours are added until lane i holds the sum of x[i].
-BSA_INLINE vf fold(vf* x) {
-  vi even, odd;
-  for (int i = 0; i < W; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  for (int n = W; n > 1; n /= 2)
-    for (int i = 0; i < n / 2; ++i)
-      x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) +
-             __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
-  return x[0];
+// The sums of W vectors as one vector: neighbours are added until lane i holds the sum of x[i]. By
+// value, and with every index known at compile time, so that the accumulators never leave their
+// registers.
+struct Vectors {
+  vf x[W];
+};
+template <int N>
+BSA_INLINE vf fold(const Vectors& all) {
+  if constexpr (N == 1) {
+    return all.x[0];
+  } else {
+    vi even, odd;
+    for (int i = 0; i < W; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    Vectors half;
+#pragma GCC unroll 16
+    for (int i = 0; i < N / 2; ++i)
+      half.x[i] = __builtin_shuffle(all.x[2 * i], all.x[2 * i + 1], even) +
+                  __builtin_shuffle(all.x[2 * i], all.x[2 * i + 1], odd);
+    return fold<N / 2>(half);
+  }
+}
+
+// The sums of all accumulators of a tile.
+constexpr int kTile = kKeys * kDecodeRows;
+BSA_INLINE void fold_tile(const vf (&acc)[kTile], float* out) {
+  if constexpr (kTile >= W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; i += W) {
+      Vectors part;
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) part.x[j] = acc[i + j];
+      store(out + i, fold<W>(part));
+    }
+  } else {
+    Vectors part = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < kTile; ++j) part.x[j] = acc[j];
+    const vf sums = fold<W>(part);
+    memcpy(out, &sums, kTile * sizeof(float));
+  }
 }
 
 // How a level holds the query rows and multiplies them with keys; this one widens everything to
@@ -34,29 +65,27 @@ struct FloatDots {
     widen(q, D, y);
   }
   template <int RR>
-  static void tile(const T* const* k, const float* q, int64_t D, float* out) {
-    vf acc[kKeys * kDecodeRows] = {};
+  BSA_INLINE void tile(const T* const* k, const float* q, int64_t D, float* out) {
+    vf acc[kTile] = {};
     const int64_t step = padded(D);
-    for (int64_t d = 0; d < D; d += W) {
+    int64_t d = 0;
+    for (; d + W <= D; d += W) {
       vf x[kKeys];
-      for (int i = 0; i < kKeys; ++i)
-        x[i] = d + W <= D ? load_floats(k[i] + d) : load_some(k[i] + d, D - d);
-      for (int r = 0; r < RR; ++r) {
-        const vf y = load(q + r * step + d);
-        for (int i = 0; i < kKeys; ++i) acc[r * kKeys + i] += x[i] * y;
-      }
+      for (int i = 0; i < kKeys; ++i) x[i] = load_floats(k[i] + d);
+      add<RR>(acc, x, q + d, step);
     }
-    fold_all(acc, out);
+    if (d < D) {
+      vf x[kKeys];
+      for (int i = 0; i < kKeys; ++i) x[i] = load_some(k[i] + d, D - d);
+      add<RR>(acc, x, q + d, step);
+    }
+    fold_tile(acc, out);
   }
-  BSA_INLINE void fold_all(vf* acc, float* out) {
-    constexpr int n = kKeys * kDecodeRows;
-    if constexpr (n >= W) {
-      for (int i = 0; i < n; i += W) store(out + i, fold(acc + i));
-    } else {
-      vf all[W] = {};
-      for (int i = 0; i < n; ++i) all[i] = acc[i];
-      const vf sums = fold(all);
-      memcpy(out, &sums, n * sizeof(float));
+  template <int RR>
+  BSA_INLINE void add(vf (&acc)[kTile], const vf (&x)[kKeys], const float* q, int64_t step) {
+    for (int r = 0; r < RR; ++r) {
+      const vf y = load(q + r * step);
+      for (int i = 0; i < kKeys; ++i) acc[r * kKeys + i] += x[i] * y;
     }
   }
 };
@@ -71,20 +100,30 @@ struct Bf16Dots {
     memcpy(y, q, D * sizeof(bf16));
   }
   template <int RR>
-  static void tile(const bf16* const* k, const bf16* q, int64_t D, float* out) {
-    __m512 acc[kKeys * kDecodeRows] = {};
+  BSA_INLINE void tile(const bf16* const* k, const bf16* q, int64_t D, float* out) {
+    vf acc[kTile] = {};
     const int64_t step = padded(D);
-    for (int64_t d = 0; d < D; d += 32) {
-      const __mmask32 some = D - d >= 32 ? ~0u : (1u << (D - d)) - 1;
-      __m512bh x[kKeys];
-      for (int i = 0; i < kKeys; ++i) x[i] = (__m512bh)_mm512_maskz_loadu_epi16(some, k[i] + d);
-      for (int r = 0; r < RR; ++r) {
-        const __m512bh y = (__m512bh)_mm512_loadu_si512(q + r * step + d);
-        for (int i = 0; i < kKeys; ++i)
-          acc[r * kKeys + i] = _mm512_dpbf16_ps(acc[r * kKeys + i], x[i], y);
-      }
+    int64_t d = 0;
+    for (; d + 32 <= D; d += 32) {
+      __m512i x[kKeys];
+      for (int i = 0; i < kKeys; ++i) x[i] = _mm512_loadu_si512(k[i] + d);
+      add<RR>(acc, x, q + d, step);
     }
-    FloatDots<bf16>::fold_all(reinterpret_cast<vf*>(acc), out);
+    if (d < D) {
+      const __mmask32 some = (1u << (D - d)) - 1;
+      __m512i x[kKeys];
+      for (int i = 0; i < kKeys; ++i) x[i] = _mm512_maskz_loadu_epi16(some, k[i] + d);
+      add<RR>(acc, x, q + d, step);
+    }
+    fold_tile(acc, out);
+  }
+  template <int RR>
+  BSA_INLINE void add(vf (&acc)[kTile], const __m512i (&x)[kKeys], const bf16* q, int64_t step) {
+    for (int r = 0; r < RR; ++r) {
+      const __m512bh y = (__m512bh)_mm512_loadu_si512(q + r * step);
+      for (int i = 0; i < kKeys; ++i)
+        acc[r * kKeys + i] = (vf)_mm512_dpbf16_ps((__m512)acc[r * kKeys + i], (__m512bh)x[i], y);
+    }
   }
 };
 #endif
@@ -99,6 +138,15 @@ struct Span {
     if (position < rq.first_row || hi < lo) hi = lo;
   }
 };
+
+// Asks for a row of the cache ahead of its use: the hardware does so by itself only for longer
+// runs.
+constexpr int64_t kAhead = 16;
+template <class T>
+BSA_INLINE void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+}
 
 // The max of n scores, NaN if there is one among them.
 BSA_INLINE float top_of(const float* x, int64_t n) {
@@ -148,17 +196,27 @@ void decode_scores(const Problem& p, int64_t bh, int64_t region, char* scratch) 
     const T* at[kKeys];
     for (int i = 0; i < kKeys; ++i) at[i] = k + (c + i < hi ? c + i : hi - 1) * p.k.row;
     const int64_t n = hi - c < kKeys ? hi - c : kKeys;
+    for (int i = 0; i < kKeys; ++i)
+      if (c + i + kAhead < hi) prefetch_row(at[i] + kAhead * p.k.row, p.D);
     for (int64_t r = 0; r < p.rows; r += kDecodeRows) {
-      alignas(64) float sums[kKeys * kDecodeRows];
-      if (r + kDecodeRows <= p.rows) {
+      alignas(64) float sums[kTile];
+      const int64_t m = p.rows - r < kDecodeRows ? p.rows - r : kDecodeRows;
+      if (m == kDecodeRows) {
         X::template tile<kDecodeRows>(at, q + r * step, p.D, sums);
-        for (int y = 0; y < kDecodeRows; ++y)
-          memcpy(s + (r + y) * p.score_stride + c, sums + y * kKeys, n * 4);
+      } else if (m == 3) {
+        X::template tile<3 < kDecodeRows ? 3 : 1>(at, q + r * step, p.D, sums);
+      } else if (m == 2) {
+        X::template tile<2>(at, q + r * step, p.D, sums);
       } else {
-        for (int64_t y = r; y < p.rows; ++y) {
-          X::template tile<1>(at, q + y * step, p.D, sums);
-          memcpy(s + y * p.score_stride + c, sums, n * 4);
-        }
+        X::template tile<1>(at, q + r * step, p.D, sums);
+      }
+      // The next keys may be another thread's.
+      for (int64_t y = 0; y < m; ++y) {
+        float* to = s + (r + y) * p.score_stride + c;
+        if (n == kKeys)
+          memcpy(to, sums + y * kKeys, kKeys * sizeof(float));
+        else
+          memcpy(to, sums + y * kKeys, n * sizeof(float));
       }
     }
   }

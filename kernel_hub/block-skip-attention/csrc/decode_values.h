@@ -6,14 +6,20 @@
 
 namespace bsa::BSA_LEVEL {
 
+constexpr int64_t kBatch =
+    32;  // keys whose rows of V stay in the nearest cache while all heads use them
+
 // RR rows of out += weights x V, for columns [d, d + NR * W) and n keys; weights [rows][stride].
+// Meanwhile the rows of V for the next `ahead` keys are asked for.
 template <int RR, class T>
-BSA_INLINE void weigh_tile(const T* const* v, int64_t n, int64_t d, const float* weights,
-                           int64_t stride, float* out, int64_t out_stride) {
+BSA_INLINE void weigh_tile(const T* const* v, int64_t n, int64_t d, int64_t Dv,
+                           const float* weights, int64_t stride, float* out, int64_t out_stride,
+                           int64_t ahead) {
   vf acc[RR][NR];
   for (int r = 0; r < RR; ++r)
     for (int j = 0; j < NR; ++j) acc[r][j] = load(out + r * out_stride + d + j * W);
   for (int64_t c = 0; c < n; ++c) {
+    if (c < ahead) prefetch_row(v[c + kBatch], Dv);
     vf x[NR];
     for (int j = 0; j < NR; ++j) x[j] = load_floats(v[c] + d + j * W);
     for (int r = 0; r < RR; ++r) {
@@ -27,9 +33,10 @@ BSA_INLINE void weigh_tile(const T* const* v, int64_t n, int64_t d, const float*
 
 template <int RR, class T>
 BSA_INLINE void weigh_rows(const T* const* v, int64_t n, int64_t Dv, const float* weights,
-                           int64_t stride, float* out, int64_t out_stride) {
+                           int64_t stride, float* out, int64_t out_stride, int64_t ahead) {
   int64_t d = 0;
-  for (; d + NR * W <= Dv; d += NR * W) weigh_tile<RR>(v, n, d, weights, stride, out, out_stride);
+  for (; d + NR * W <= Dv; d += NR * W)
+    weigh_tile<RR>(v, n, d, Dv, weights, stride, out, out_stride, d ? 0 : ahead);
   for (; d < Dv; d += W) {
     const int64_t m = Dv - d < W ? Dv - d : W;
     for (int r = 0; r < RR; ++r) {
@@ -47,7 +54,7 @@ void decode_values(const Problem& p, int64_t bh, int64_t region, char* scratch) 
   const int64_t b = bh / p.Hkv, kv_head = bh % p.Hkv;
   const Request& rq = p.requests[b];
   const int64_t c0 = region * p.region, c1 = c0 + p.region < rq.keys() ? c0 + p.region : rq.keys();
-  const int64_t width = p.Dv + 1;
+  const int64_t width = partial_width(p);
   float* out = p.partial + (bh * p.regions + region) * p.rows * width;
   memset(out, 0, p.rows * width * sizeof(float));
   if (c0 >= c1) return;
@@ -63,11 +70,14 @@ void decode_values(const Problem& p, int64_t bh, int64_t region, char* scratch) 
     const int64_t lo = span.lo > c0 ? span.lo : c0, hi = span.hi < c1 ? span.hi : c1;
     const uint8_t* fate = p.fate + (bh * p.Lq + t) * p.NK;
     int64_t n = 0;
-    for (int64_t a = lo; a < hi;) {
-      const int64_t j = a / p.block_k, e = (j + 1) * p.block_k < hi ? (j + 1) * p.block_k : hi;
+    for (int64_t a = lo, j = lo / p.block_k; a < hi; ++j) {
+      const int64_t e = (j + 1) * p.block_k < hi ? (j + 1) * p.block_k : hi;
       if (fate[j] == kKept)
-        for (int64_t c = a; c < e; ++c)
-          if (!rq.valid || rq.valid[c]) rows[n] = v + c * p.v.row, keys[n++] = int32_t(c - c0);
+        for (int64_t c = a; c < e; ++c) {
+          rows[n] = v + c * p.v.row;
+          keys[n] = int32_t(c - c0);
+          n += !rq.valid || rq.valid[c];
+        }
       a = e;
     }
     if (n == 0) continue;
@@ -89,22 +99,28 @@ void decode_values(const Problem& p, int64_t bh, int64_t region, char* scratch) 
       for (int j = 0; j < W; ++j) total += sum[j];
       out[r * width + p.Dv] = total;
     }
-    // Few keys at a time, so that V is still in the nearest cache when the next rows want it.
     float* to = out + t * p.G * width;
-    for (int64_t i = 0; i < n; i += 32) {
-      const int64_t m = n - i < 32 ? n - i : 32;
-      int64_t g = 0;
-      for (; g + 4 <= p.G; g += 4)
-        weigh_rows<4>(rows + i, m, p.Dv, weights + g * stride + i, stride, to + g * width, width);
-      for (; g < p.G; ++g)
-        weigh_rows<1>(rows + i, m, p.Dv, weights + g * stride + i, stride, to + g * width, width);
+    for (int64_t i = 0; i < n; i += kBatch) {
+      const int64_t m = n - i < kBatch ? n - i : kBatch;
+      for (int64_t g = 0; g < p.G; g += 4) {
+        const int64_t left = p.G - g, ahead = g ? 0 : n - i - kBatch;
+        const float* w = weights + g * stride + i;
+        if (left >= 4)
+          weigh_rows<4>(rows + i, m, p.Dv, w, stride, to + g * width, width, ahead);
+        else if (left == 3)
+          weigh_rows<3>(rows + i, m, p.Dv, w, stride, to + g * width, width, ahead);
+        else if (left == 2)
+          weigh_rows<2>(rows + i, m, p.Dv, w, stride, to + g * width, width, ahead);
+        else
+          weigh_rows<1>(rows + i, m, p.Dv, w, stride, to + g * width, width, ahead);
+      }
     }
   }
 }
 
 template <class T>
 void decode_finish(const Problem& p, int64_t bh) {
-  const int64_t b = bh / p.Hkv, kv_head = bh % p.Hkv, width = p.Dv + 1;
+  const int64_t b = bh / p.Hkv, kv_head = bh % p.Hkv, width = partial_width(p);
   const Request& rq = p.requests[b];
   const float unit = ScoreUnits(p).unit;
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -113,7 +129,7 @@ void decode_finish(const Problem& p, int64_t bh) {
     float* sum = p.partial + (bh * p.regions * p.rows + r) * width;
     for (int64_t x = 1; x < p.regions; ++x) {
       const float* more = sum + x * p.rows * width;
-      for (int64_t d = 0; d < width; ++d) sum[d] += more[d];
+      for (int64_t d = 0; d <= p.Dv; ++d) sum[d] += more[d];
     }
     const Span span(p, rq, t);
     const bool sees = rq.count(span.lo, span.hi) > 0;

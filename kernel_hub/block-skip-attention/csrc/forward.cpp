@@ -65,7 +65,7 @@ void run_decode(Problem& p, const Level& level) {
   const size_t fate = reserve(heads * p.Lq * p.NK);
   const size_t row_max = reserve(heads * p.rows * 4);
   const size_t row_c = reserve(heads * p.rows * 4);
-  const size_t partial = reserve(heads * p.regions * p.rows * (p.Dv + 1) * 4);
+  const size_t partial = reserve(heads * p.regions * p.rows * partial_width(p) * 4);
   static thread_local Workspace workspace;
   char* const memory = workspace.get(bytes);
   p.scores = reinterpret_cast<float*>(memory + scores);

@@ -135,6 +135,12 @@ struct Prefill {
     if (valid == 0) return;
     float* const fresh = s + held * kLanes;
     score(fresh, c0, n, valid);
+    if (!p.any_rule) {
+      visited += rq.before ? count_seen(j0, j1, c1) : j1 - j0;
+      Vote::keep(vote, top, fresh, n);
+      hold(fresh, c0, n);
+      j0 = j1;
+    }
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t a = j * p.block_k, e = a + p.block_k < c1 ? a + p.block_k : c1;
       if (rq.before && rq.count(a > key_lo ? a : key_lo, e) == 0) continue;
@@ -157,6 +163,15 @@ struct Prefill {
       hold(block, a, e - a);
     }
     if (held >= kLanes) flush();
+  }
+
+  int64_t count_seen(int64_t j0, int64_t j1, int64_t end) const {
+    int64_t n = 0;
+    for (int64_t j = j0; j < j1; ++j) {
+      const int64_t a = j * p.block_k, e = a + p.block_k < end ? a + p.block_k : end;
+      n += rq.count(a > key_lo ? a : key_lo, e) > 0;
+    }
+    return n;
   }
 
   void score(float* fresh, int64_t c0, int64_t n, int64_t valid) {

@@ -85,9 +85,12 @@ struct Problem {
   uint8_t* fate = nullptr;     // [B * Hkv, Lq, NK]: 0 not visited, 1 kept, 2 skipped
   float* row_max = nullptr;    // [B * Hkv, rows]
   float* row_c = nullptr;      // [B * Hkv, rows]: log2 of the bound on what was dropped
-  float* partial =
-      nullptr;  // [B * Hkv, regions, rows, Dv + 1]: weighted values and the sum of weights
+  float* partial = nullptr;    // [B * Hkv, regions, rows, partial_width]: weighted values, and the
+                               // sum of weights behind them
 };
+
+// A whole number of cache lines, with room for the sum of the weights.
+BSA_PLAIN int64_t partial_width(const Problem& p) { return p.Dv / 16 * 16 + 16; }
 
 // The functions of one level, by element type (index: Dtype).
 struct Level {

@@ -74,7 +74,12 @@ BSA_INLINE bool any_not_below(vf x, vf bound) {
 #endif
 }
 
-// The same for the 64 lanes at x and bound.
+// Whether some lane of a comparison is true.
+BSA_INLINE bool any_set(vi mask) {
+  return any_not_below(splat(0.0f), mask ? splat(0.0f) : splat(1.0f));
+}
+
+// The same as any_not_below for the 64 lanes at x and bound.
 BSA_INLINE bool any_not_below64(const float* x, const float* bound) {
 #if BSA_ISA >= 2
   unsigned any = 0;
