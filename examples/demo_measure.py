@@ -42,10 +42,6 @@ class Run:
             decode_tokens_per_s=max(self.decode_tokens_per_s, other.decode_tokens_per_s),
         )
 
-    def with_stats(self, stats: Any) -> "Run":
-        """This run, with the stats of another run of the same."""
-        return replace(self, stats=stats)
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -64,7 +60,7 @@ def measure(
     name: str,
     input_ids: torch.Tensor,
     new_tokens: int,
-    on_layer: Callable[[], None],
+    on_layer: Callable[[], None] = lambda: None,
 ) -> Run:
     """Prefill `input_ids` and decode `new_tokens` greedily; no early stop, so that rates compare.
 
