@@ -16,6 +16,7 @@ from tiny_models import build, token_ids
 import hf_sparse_attention as hsa
 from hf_sparse_attention import attention
 from hf_sparse_attention import settings as settings_module
+from hf_sparse_attention.methods.blasst import DEFAULT_MAX_DROPPED_MASS
 from hf_sparse_attention.types import BlockGeometry
 
 CALIBRATED = {"prefill": {"a": 2.0, "b": 3.0}, "decode": {"a": 0.5, "b": 4.0}}
@@ -161,7 +162,7 @@ def test_uncalibrated_models_run_the_budget_and_say_so_once(
     forward(model, 600)
     forward(build(tiny_models.llama, "blasst"), 600)
     assert calls[0]["rule"].log_lambda is None
-    assert float(calls[0]["rule"].max_dropped_mass) == pytest.approx(0.01)
+    assert float(calls[0]["rule"].max_dropped_mass) == pytest.approx(DEFAULT_MAX_DROPPED_MASS)
     said = [r.message for r in caplog.records if "not calibrated" in r.message]
     assert len(said) == 1
     assert "calibrate" in said[0]
