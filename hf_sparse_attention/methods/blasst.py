@@ -46,8 +46,8 @@ class Blasst(Method):
             return []
         names = " and ".join(phases)
         note = (
-            f"blasst is not calibrated for {names}: it only skips while every row provably keeps all "
-            f"but {DEFAULT_MAX_DROPPED_MASS / (1 + DEFAULT_MAX_DROPPED_MASS):.0%} of its softmax "
+            f"blasst is not calibrated for {names}: it only skips while every row provably keeps "
+            f"all but {DEFAULT_MAX_DROPPED_MASS / (1 + DEFAULT_MAX_DROPPED_MASS):.0%} of its softmax "
             f"mass (max_dropped_mass={DEFAULT_MAX_DROPPED_MASS}). For "
             "more speed, hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
             "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
