@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_sparse_attention.backends.dense import visibility
 from hf_sparse_attention.config import MethodName
 from hf_sparse_attention.functional import attend
+from hf_sparse_attention.interface import config_value
 from hf_sparse_attention.masks import MaskReading, read_mask
 from hf_sparse_attention.methods import METHODS
 from hf_sparse_attention.settings import LayerSettings, settings_of
@@ -263,7 +264,7 @@ def _window(
         return None
     window = keyword
     if window is None and mask is not None:
-        window = getattr(getattr(module, "config", None), "sliding_window", None)
+        window = config_value(getattr(module, "config", None), "sliding_window")
         if window is None:
             raise ValueError(
                 f"{type(module).__name__}: expected the keyword sliding_window (or the config's) "

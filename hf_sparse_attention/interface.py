@@ -33,6 +33,14 @@ def refuse_foreign(config: Any) -> None:
         raise ValueError(foreign_message(", ".join(names)))
 
 
+def config_value(config: Any, name: str) -> Any:
+    """`config.name`, or None; also where a config refuses to say: its layers differ (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def foreign_message(model: str) -> str:
     """What to tell the user of a model that cannot be served."""
     return (

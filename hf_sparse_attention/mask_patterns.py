@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from hf_sparse_attention.interface import config_value
+
 Pattern = Literal["causal", "windowed", "packed", "packed_windowed"]
 
 
@@ -49,8 +51,8 @@ def recognise(
             allow_is_causal_skip
             and getattr(mask_function, "__code__", None) is _WINDOW_PROBE.__code__
             and local_size is not None
-            and local_size == getattr(config, "sliding_window", None)
-            and getattr(config, "attention_chunk_size", None) is None
+            and local_size == config_value(config, "sliding_window")
+            and config_value(config, "attention_chunk_size") is None
         )
         return "windowed" if windowed else None
     if allow_is_causal_skip and _window_of(mask_function) is not None:

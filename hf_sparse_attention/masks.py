@@ -21,7 +21,8 @@ What we found in transformers 5.23, and why it is done this way:
 - `allow_is_causal_skip=False` asks for a real mask (indexers read it), so we never code then. It
   is also set while decoding on a static cache; there the bool mask `[B, 1, 1, Lk]` of the one
   query *is* key validity, and `read_mask` finds the query's position as the last visible column.
-- Two models read their masks without asking for a real one: `MASK_READERS`.
+- Two models read their masks without asking for a real one, and one of them only an additive one
+  rightly: `MASK_READERS`.
 - Under `torch.compile` a packed batch cannot be told from a plain one (transformers assumes it is
   packed whenever neither a mask nor a cache is given): pass `attention_mask` to keep skipping.
 """
@@ -37,11 +38,12 @@ from torch import Tensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 from transformers.utils.import_utils import is_tracing
 
-from hf_sparse_attention.interface import refuse_foreign
+from hf_sparse_attention.interface import config_value, refuse_foreign
 from hf_sparse_attention.mask_patterns import Pattern, recognise, sequence_numbers
 
 #: The dtype of a coded mask says which pattern it is.
@@ -72,6 +74,7 @@ def sparse_attention_mask(
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     config: Any = None,
     **_: Any,
 ) -> Tensor | None:
@@ -89,11 +92,13 @@ def sparse_attention_mask(
         allow_is_causal_skip: False where the caller needs a real mask for a causal pattern.
         use_vmap: the mask function is a user's, and may not broadcast.
         device: where the mask is made.
+        dtype: of an additive mask.
         config: the config of the model whose mask this is.
-        _: what other implementations need (`dtype`, `allow_is_bidirectional_skip`).
+        _: what other implementations need (`allow_is_bidirectional_skip`).
 
     Returns:
-        None (plain causal, nothing padded), a coded mask, or a bool mask `[B, 1, Lq, Lk]`.
+        None (plain causal, nothing padded), a coded mask, or a bool mask `[B, 1, Lq, Lk]` (an
+        additive one for `MASK_READERS`).
     """
     if config is not None and not torch.compiler.is_compiling():
         refuse_foreign(config)
@@ -112,7 +117,7 @@ def sparse_attention_mask(
         end = q_offset + q_length - kv_offset
         aligned = not isinstance(end, Tensor) and end == kv_length
         # With a window in the config, None could be taken for it: the keyword may come without one.
-        no_window = pattern == "causal" and getattr(config, "sliding_window", None) is None
+        no_window = pattern == "causal" and config_value(config, "sliding_window") is None
         if no_window and aligned and (valid is None or _is_all_true(valid)):
             return None
         codes = _code_columns(
@@ -121,7 +126,8 @@ def sparse_attention_mask(
         return codes.expand(batch_size, -1)[:, None, None, :]
     if pattern in ("packed", "packed_windowed") and valid is None:
         return sequence_numbers(mask_function)[:, None, None, :].to(CODED[pattern])
-    mask: Tensor = sdpa_mask(
+    make = eager_mask if reads_masks else sdpa_mask
+    mask: Tensor = make(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -134,6 +140,7 @@ def sparse_attention_mask(
         allow_is_bidirectional_skip=False,
         use_vmap=use_vmap,
         device=device,
+        dtype=dtype,
     )
     return mask
 

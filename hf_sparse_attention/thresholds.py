@@ -7,6 +7,7 @@ calibrated on. `config.json` pins the file by sha256.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -47,15 +48,20 @@ class ModelFingerprint:
     def of(cls, config: Any) -> ModelFingerprint:
         """Reads a transformers config, or the dict that its config.json holds."""
         if isinstance(config, Mapping):
-            text = config.get("text_config", config)
-            get = text.get
+            read = config.get("text_config", config).get
         else:
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            get = lambda name: getattr(text, name, None)  # noqa: E731
-        heads = get("num_attention_heads")
-        head_dim = get("head_dim")
-        if head_dim is None and heads and get("hidden_size"):
-            head_dim = get("hidden_size") // heads
+            read = functools.partial(_attribute, text)
+
+        def get(name: str, otherwise: Any = None) -> Any:
+            try:
+                value = read(name)
+            except RuntimeError:  # layers differ in it (Gemma 4), and the config refuses to choose
+                return None
+            return otherwise if value is None else value
+
+        heads, width = get("num_attention_heads"), get("hidden_size")
+        head_dim = get("head_dim", otherwise=width // heads if heads and width else None)
         return cls(
             architecture=get("model_type"),
             layers=get("num_hidden_layers"),
@@ -216,6 +222,10 @@ class Thresholds:
             keep_sink=json.loads(metadata["keep_sink"]),
             fingerprint=ModelFingerprint(**json.loads(metadata["fingerprint"])),
         )
+
+
+def _attribute(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     create_causal_mask,
+    eager_mask,
     or_masks,
     sdpa_mask,
     sliding_window_causal_mask_function,
@@ -153,7 +154,8 @@ def test_a_request_for_a_real_mask_is_kept() -> None:
 def test_models_that_read_masks_get_real_ones(model_type: str) -> None:
     config = hf.LlamaConfig()
     config.model_type = model_type
-    assert sparse_attention_mask(2, 8, 8, config=config).dtype == torch.bool
+    mask = sparse_attention_mask(2, 8, 8, config=config, dtype=torch.float64)
+    assert torch.equal(mask, eager_mask(2, 8, 8, dtype=torch.float64))
 
 
 def test_bidirectional_is_a_bool_mask_without_memory() -> None:

@@ -67,6 +67,17 @@ def gemma3() -> Any:
     return hf.Gemma3ForCausalLM(config)
 
 
+def gemma4() -> Any:
+    """Head sizes that differ by layer, so that its config refuses to name one."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = hf.Gemma4TextConfig(
+        **_small(sliding_window=WINDOW, layer_types=kinds),
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+    )
+    return hf.Gemma4ForCausalLM(config)
+
+
 def gpt_oss() -> Any:
     config = hf.GptOssConfig(
         **_small(sliding_window=WINDOW, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
@@ -200,6 +211,7 @@ DECODERS: dict[str, Builder] = {
         mistral,
         gemma2,
         gemma3,
+        gemma4,
         gpt_oss,
         deepseek_v3,
         phi,
