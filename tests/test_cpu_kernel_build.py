@@ -142,6 +142,13 @@ def test_local_kernels_comes_first(tmp_path: Path) -> None:
     assert str(copy) in done.stdout
 
 
+def test_the_repos_own_tests_pass() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(REPO / "tests")]
+    environment = {**os.environ, "LOCAL_KERNELS": f"{cpu.REPO_ID}={REPO}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout
+
+
 def test_import_loads_no_kernel() -> None:
     code = (
         "import sys; import hf_sparse_attention.backends.cpu;"

@@ -93,6 +93,20 @@ BSA_INLINE bool any_not_below64(const float* x, const float* bound) {
 #endif
 }
 
+// Whether some of the 64 lanes at x is above its bound; NaN is above nothing.
+BSA_INLINE bool any_above64(const float* x, const float* bound) {
+#if BSA_ISA >= 2
+  unsigned any = 0;
+  for (int i = 0; i < kLanes; i += W)
+    any |= _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_loadu_ps(bound + i), _CMP_GT_OQ);
+  return any != 0;
+#else
+  vi any = {};
+  for (int i = 0; i < kLanes; i += W) any |= load(x + i) > load(bound + i);
+  return any_set(any);
+#endif
+}
+
 // 2^x to about 2 ulp, 0 below the normal range, infinity above it, NaN for NaN: 2^floor(x) by
 // exponent arithmetic, the rest by the polynomial of degree 5 with the least relative error on [0,
 // 1) (7.5e-8; fitted by us with Lawson's method).

@@ -46,7 +46,7 @@ struct RowRule {
 
 struct alignas(64) Vote {
   float m[kLanes], bound[kLanes];
-  float c[kLanes], l[kLanes], at[kLanes], c_then[kLanes];
+  float c[kLanes], l[kLanes], at[kLanes], shift[kLanes], c_then[kLanes];  // shift: -at * unit
   RowRule rule;
   float unit;
   int64_t block_k;
@@ -61,7 +61,7 @@ struct alignas(64) Vote {
     track = active && (budgeted || p.dropped);
     for (int i = 0; i < kLanes; ++i) {
       m[i] = at[i] = -kInf;
-      c[i] = l[i] = 0;
+      c[i] = l[i] = shift[i] = 0;
       bound[i] = rule.bound(-kInf);
     }
   }
@@ -75,41 +75,49 @@ struct alignas(64) Vote {
 
   bool account(const float* top) {
     follow(top);
+    if (!budgeted) {
+      for (int i = 0; i < kLanes; i += W) store(c + i, then(top, i));
+      return true;
+    }
     bool agreed = true;
     for (int i = 0; i < kLanes; i += W) {
-      const vf x = load(top + i), ref = load(at + i);
-      const vf then =
-          load(c + i) + float(block_k) * exp2v((x - (ref == -kInf ? vf{} : ref)) * unit);
-      store(c_then + i, then);
-      if (budgeted) {
-        // `not <=`, so that NaN does not agree either.
-        const vi refuses = ~(then <= rule.budget * load(l + i)) & (x != -kInf);
-        for (int j = 0; j < W; ++j) agreed &= refuses[j] == 0;
-      }
+      const vf c_new = then(top, i);
+      store(c_then + i, c_new);
+      // `not <=`, so that NaN does not agree either.
+      agreed &= !any_set(~(c_new <= rule.budget * load(l + i)) & (load(top + i) != -kInf));
     }
     if (agreed) memcpy(c, c_then, sizeof(c));
     return agreed;
   }
 
+  // c with a block of maxima `top` dropped too, for the lanes from i on.
+  vf then(const float* top, int i) const {
+    return load(c + i) + float(block_k) * exp2v(load(top + i) * unit + load(shift + i));
+  }
+
   // Enters a kept block: its maxima, and for the budget its n rows of scores.
   BSA_INLINE void keep(Vote& t, const float* top, const float* s, int64_t n) {
-    for (int i = 0; i < kLanes; i += W) {
-      const vf m = vmax(load(top + i), load(t.m + i));
-      store(t.m + i, m);
-      if (!t.active) continue;
-      vf bound = m + t.rule.relative;
-      bound = bound < t.rule.absolute ? bound : splat(t.rule.absolute);
-      store(t.bound + i, vmax(bound, splat(-kMax)));
-    }
+    if (any_above64(top, t.m)) t.raise(top);
     if (t.budgeted) t.add_mass(s, n);
+  }
+
+  void raise(const float* top) {
+    for (int i = 0; i < kLanes; i += W) {
+      const vf raised = vmax(load(top + i), load(m + i));  // a NaN leaves m as it is
+      store(m + i, raised);
+      if (!active) continue;
+      vf limit = raised + rule.relative;
+      limit = limit < rule.absolute ? limit : splat(rule.absolute);
+      store(bound + i, vmax(limit, splat(-kMax)));
+    }
   }
 
   void add_mass(const float* s, int64_t n) {
     follow(m);
     for (int i = 0; i < kLanes; i += W) {
-      const vf ref = load(at + i), shift = ref == -kInf ? vf{} : ref;
       vf sum = load(l + i);
-      for (int64_t k = 0; k < n; ++k) sum += exp2v((load(s + k * kLanes + i) - shift) * unit);
+      for (int64_t k = 0; k < n; ++k)
+        sum += exp2v(load(s + k * kLanes + i) * unit + load(shift + i));
       store(l + i, sum);
     }
   }
@@ -118,11 +126,12 @@ struct alignas(64) Vote {
   void follow(const float* top) {
     for (int i = 0; i < kLanes; i += W) {
       const vf x = load(top + i), ref = load(at + i);
-      const vi far =
-          (x - ref) * unit > 20.0f;  // from -inf: infinitely far; -inf - -inf is NaN: not far
+      const vi far = (x - ref) * unit > 20.0f;  // from -inf: infinitely far; -inf - -inf: not far
+      if (!any_set(far)) continue;
       const vf next = far ? x : ref;
       const vf factor = far ? exp2v((ref - x) * unit) : splat(1.0f);
       store(at + i, next);
+      store(shift + i, next == -kInf ? vf{} : -next * unit);
       store(c + i, load(c + i) * factor);
       store(l + i, load(l + i) * factor);
     }
