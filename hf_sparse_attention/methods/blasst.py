@@ -44,12 +44,11 @@ class Blasst(Method):
         ]
         if not phases:
             return []
-        names = " and ".join(phases)
+        eps = DEFAULT_MAX_DROPPED_MASS
         note = (
-            f"blasst is not calibrated for {names}: it only skips while every row provably keeps "
-            f"all but {DEFAULT_MAX_DROPPED_MASS / (1 + DEFAULT_MAX_DROPPED_MASS):.0%} of its softmax "
-            f"mass (max_dropped_mass={DEFAULT_MAX_DROPPED_MASS}). For "
-            "more speed, hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
+            f"blasst is not calibrated for {' and '.join(phases)}: it only skips while every row "
+            f"provably keeps all but {eps / (1 + eps):.0%} of its softmax mass "
+            f"(max_dropped_mass={eps}). For more speed, hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
             "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
         )
         return [note]
