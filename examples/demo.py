@@ -34,7 +34,7 @@ from hf_sparse_attention import (
 )
 
 # BLASST's lambda is factor / kv_len. Decoding has one row a block, so it needs a far smaller one.
-BLASST_FACTOR = {"prefill": 100.0, "decode": 2.0}
+BLASST_FACTOR = {"prefill": 200.0, "decode": 3.0}
 # BSFA keeps about this many blocks of 64 keys a block row, besides the sink and the diagonal.
 BSFA_LEVEL = 24
 CALIBRATION_TOKENS = 3000

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 BOOK = Path(__file__).resolve().parent.parent / "calibration_data" / "alice_in_wonderland.txt"
-PLANTED = "The secret password of the garden gate is blue elephant."
-QUESTION = "What is the secret password of the garden gate?"
+PLANTED = "The number engraved on the White Rabbit's watch is 7318642."
+QUESTION = "What is the number engraved on the White Rabbit's watch?"
 # The model is 135M parameters small: it needs its answer opened to answer briefly.
-ANSWER_START = "The secret password of the garden gate is"
+ANSWER_START = "The number engraved on the White Rabbit's watch is"
 PLANTED_DEPTH = 0.4
 
 
