@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,11 +39,14 @@ class LayerSettings:
         config: the model's settings; shared by its modules.
         layer: the layer's index, by which thresholds are found; None if the module has none.
         dense_reason: why this layer stays dense (`targets`, `ignore`), or None.
+        switched: the same under the other method, for a user who switches by name
+            (`model.set_attn_implementation`) and back; made when it first runs.
     """
 
     config: SparseAttentionConfig
     layer: int | None
     dense_reason: str | None = None
+    switched: dict[str, LayerSettings] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def min_length(self) -> int:
@@ -83,19 +86,37 @@ def _is_ignored(ignore: list[str], name: str | None, layer: int | None) -> bool:
 def settings_of(module: nn.Module, method: MethodName) -> LayerSettings:
     """The settings `module` runs `method` with; found and kept on its first forward."""
     settings = getattr(module, ATTRIBUTE, None)
-    if isinstance(settings, LayerSettings) and settings.config.method == method:
-        return settings
+    if isinstance(settings, LayerSettings):
+        if settings.config.method == method:
+            return settings
+        if method in settings.switched:
+            return settings.switched[method]
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"{type(module).__name__}: expected its settings before it is compiled, found none; "
             f"call set_sparse_attention(model, {method!r}) or run one forward before torch.compile"
         )
-    config = config_for(getattr(module, "config", None), method)
+    if isinstance(settings, LayerSettings):
+        config = _switched(settings.config, method)
+    else:
+        config = config_for(getattr(module, "config", None), method)
     METHODS[method].check(config)
     announce(config)
-    settings = LayerSettings.of(module, config)
-    setattr(module, ATTRIBUTE, settings)
-    return settings
+    found = LayerSettings.of(module, config)
+    if isinstance(settings, LayerSettings):
+        settings.switched[method] = found
+    else:
+        setattr(module, ATTRIBUTE, found)
+    return found
+
+
+def _switched(config: SparseAttentionConfig, method: MethodName) -> SparseAttentionConfig:
+    """`config` under another method; one object for all layers, kept with what belongs to it."""
+    key = f"under {method}"
+    if key not in config.prepared:
+        config.prepared[key] = replace(config, method=method)
+    switched: SparseAttentionConfig = config.prepared[key]
+    return switched
 
 
 def announce(config: SparseAttentionConfig) -> None:

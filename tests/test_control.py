@@ -239,6 +239,24 @@ def test_bsfa_without_thresholds_says_how_to_calibrate() -> None:
         forward(model)
 
 
+def test_switching_by_name_and_back_keeps_the_thresholds() -> None:
+    model = build(tiny_models.llama)
+    small = BlockGeometry(8, 8, split_k=32)
+    sample = token_ids(1, 96)
+    config = hsa.calibrate(
+        model, [sample], method="bsfa", levels=[1], geometry=small, progress=False
+    )
+    hsa.set_sparse_attention(model, config, min_length=0)
+    before = forward(model, 96)
+    model.set_attn_implementation("blasst")
+    with hsa.collect_stats(model) as stats:
+        forward(model, 96)
+    assert stats.dropped_mass("prefill") is not None
+    assert not stats.dense()  # min_length came along
+    model.set_attn_implementation("bsfa")
+    assert torch.equal(forward(model, 96), before)
+
+
 def test_the_named_function_runs_whatever_the_settings_say() -> None:
     """Two names, one model: the implementation that transformers calls is the one that runs."""
     model = build(tiny_models.llama)
