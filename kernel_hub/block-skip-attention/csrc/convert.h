@@ -100,6 +100,20 @@ BSA_INLINE void widen(const T* p, int64_t n, float* y) {
   for (; i < n; ++i) y[i] = to_float(p[i]);
 }
 
+// n floats at x as elements at y, rounded to nearest even.
+template <class T>
+BSA_INLINE void narrow(const float* x, int64_t n, T* y) {
+  int64_t i = 0;
+#if BSA_ISA >= 1
+  if constexpr (__is_same(T, f16)) {
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(y + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; i < n; ++i) from_float(x[i], y + i);
+}
+
 // The largest |x| among n elements, infinity if one of them is not finite.
 template <class T>
 BSA_INLINE float max_abs(const T* p, int64_t n, float so_far) {

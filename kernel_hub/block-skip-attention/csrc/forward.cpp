@@ -3,6 +3,9 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "parallel.h"
@@ -22,6 +25,12 @@ void clear_unseen_rows(const Problem& p) {
       std::fill_n(p.lse + (b * p.Hq + h) * p.Lq, rows, -__builtin_inff());
   }
 }
+
+// How far a key/value head has come in decoding.
+struct Head {
+  std::atomic<int64_t> scored{0}, weighed{0};
+  std::atomic<bool> decided{false};
+};
 
 }  // namespace
 
@@ -75,16 +84,27 @@ void run_decode(Problem& p, const Level& level) {
   p.row_c = reinterpret_cast<float*>(memory + row_c);
   p.partial = reinterpret_cast<float*>(memory + partial);
 
-  const size_t scratch = level.scratch_bytes(p);
-  run_tasks(heads * p.regions, scratch, [&](int64_t i, char* memory) {
-    level.decode_scores[type](p, i / p.regions, i % p.regions, memory);
+  // One parallel loop: a barrier between the passes would cost as much as a short pass itself, and
+  // far more where the cores are shared. Whoever finishes the last region of a head goes on with
+  // what needs all of them. No one waits for a task that has not begun, as tasks are begun in
+  // order.
+  std::unique_ptr<Head[]> states(new Head[heads]);
+  const int64_t half = heads * p.regions;
+  run_tasks(2 * half, level.scratch_bytes(p), [&](int64_t i, char* memory) {
+    const int64_t bh = i % half / p.regions, region = i % p.regions;
+    Head& head = states[bh];
+    if (i < half) {
+      level.decode_scores[type](p, bh, region, memory);
+      if (head.scored.fetch_add(1) + 1 == p.regions) {
+        for (int64_t t = 0; t < p.Lq; ++t) level.decode_decide(p, bh, t, memory);
+        head.decided.store(true);
+      }
+      return;
+    }
+    while (!head.decided.load()) std::this_thread::yield();
+    level.decode_values[type](p, bh, region, memory);
+    if (head.weighed.fetch_add(1) + 1 == p.regions) level.decode_finish[type](p, bh);
   });
-  run_tasks(heads * p.Lq, scratch,
-            [&](int64_t i, char* memory) { level.decode_decide(p, i / p.Lq, i % p.Lq, memory); });
-  run_tasks(heads * p.regions, scratch, [&](int64_t i, char* memory) {
-    level.decode_values[type](p, i / p.regions, i % p.regions, memory);
-  });
-  run_tasks(heads, 64, [&](int64_t i, char*) { level.decode_finish[type](p, i); });
   workspace.trim(size_t(256) << 20);
 }
 

@@ -4,7 +4,8 @@
 
 namespace bsa {
 
-// Prefill: one parallel loop over heads and block rows. Decode: four short ones, see decode_*.h.
+// Prefill: one parallel loop over heads and block rows. Decode: one over its four passes, see
+// decode_*.h.
 void run_prefill(Problem& p, const Level& level);
 void run_decode(Problem& p, const Level& level);
 

@@ -56,6 +56,7 @@ struct Prefill {
   alignas(64) float l[kLanes], at[kLanes];  // sum of weights, and the score they are relative to
   alignas(64) float top[kLanes];
   Vote vote;
+  int vectors = kVectors;  // that hold rows; the lanes behind them are never looked at
   int64_t held = 0, visited = 0, skipped = 0;
 
   Prefill(const Problem& p_, int64_t b_, int64_t h_, int64_t i_)
@@ -65,6 +66,7 @@ struct Prefill {
     row0 = rq.first_row + i * p.block_q;
     rows = p.Lq - row0 < p.block_q ? p.Lq - row0 : p.block_q;
     if (rows <= 0) return;
+    vectors = int((rows + W - 1) / W);
     pos0 = rq.offset + row0;
     const int64_t n = rq.keys(), pos1 = pos0 + rows;
     key_hi = p.causal && pos1 < n ? pos1 : n;
@@ -178,7 +180,7 @@ struct Prefill {
     for (int64_t x = 0; x < n; x += kLanes) {
       const int64_t m = n - x < kLanes ? n - x : kLanes;
       alignas(64) float part[kLanes];
-      E::scores(k + (c0 + x) * p.k.row, p.k.row, m, qt, p.D, wide, fresh + x * kLanes,
+      E::scores(k + (c0 + x) * p.k.row, p.k.row, m, qt, p.D, vectors, wide, fresh + x * kLanes,
                 x ? part : top);
       if (x)
         for (int j = 0; j < kLanes; j += W) store(top + j, vmax(load(part + j), load(top + j)));
@@ -245,8 +247,8 @@ struct Prefill {
     for (int r = 0; r < kLanes; ++r) minus_top[r] = at[r] == -kInf ? 0.0f : -at[r] * units.unit;
     for (int64_t x = 0; x < held; x += kLanes) {
       const int64_t n = held - x < kLanes ? held - x : kLanes;
-      E::values(s + x * kLanes, n, keys + x, v, p.v.row, p.Dv, units.unit, minus_top, l, packed,
-                wide, ot);
+      E::values(s + x * kLanes, n, keys + x, v, p.v.row, p.Dv, units.unit, minus_top, vectors, l,
+                packed, wide, ot);
     }
     held = 0;
   }
@@ -286,10 +288,9 @@ struct Prefill {
       const RowEnd end = end_row(at[r] * units.unit, l[r], log_c, sees, sink);
       p.lse[(b * p.Hq + h) * p.Lq + row0 + r] = end.lse;
       if (p.dropped) p.dropped[(b * p.Hq + h) * p.Lq + row0 + r] = end.dropped;
-      T* y = static_cast<T*>(p.out) + ((b * p.Lq + row0 + r) * p.Hq + h) * p.Dv;
       const float* o = ot + (r / kGroupLanes) * p.Dv * kGroupLanes + r % kGroupLanes;
-      for (int64_t d = 0; d < p.Dv; ++d)
-        from_float(sees ? o[d * kGroupLanes] * end.factor : 0.0f, y + d);
+      for (int64_t d = 0; d < p.Dv; ++d) wide[d] = sees ? o[d * kGroupLanes] * end.factor : 0.0f;
+      narrow(wide, p.Dv, static_cast<T*>(p.out) + ((b * p.Lq + row0 + r) * p.Hq + h) * p.Dv);
     }
     __atomic_fetch_add(p.counts + (b * p.Hq + h) * 2, visited, __ATOMIC_RELAXED);
     __atomic_fetch_add(p.counts + (b * p.Hq + h) * 2 + 1, skipped, __ATOMIC_RELAXED);

@@ -9,69 +9,86 @@
 
 namespace bsa::BSA_LEVEL {
 
-// Scores of MR keys at k (`stride` apart) for one group of lanes; `top` gathers their max.
-template <int MR>
+// Calls tile<MR, NV>() for a group that holds rows in `vectors` of its NR vectors: a few rows need
+// narrow tiles, which are higher instead, to have as many sums under way.
+template <class F>
+BSA_INLINE void with_tile(int vectors, const F& tile) {
+  if constexpr (NR == 4) {
+    if (vectors == 1) return tile.template operator()<2 * kKeys, 1>();
+    if (vectors == 2) return tile.template operator()<2 * kKeys, 2>();
+  } else if (vectors == 1) {
+    return tile.template operator()<2 * kKeys, 1>();
+  }
+  tile.template operator()<kKeys, NR>();
+}
+
+// Scores of MR keys at k (`stride` apart) for NV vectors of lanes; `top` gathers their max.
+template <int MR, int NV>
 BSA_INLINE void score_tile(const float* k, int64_t stride, const float* q, int64_t D, float* s,
                            vf* top) {
-  vf acc[MR][NR] = {};
+  vf acc[MR][NV] = {};
   for (int64_t d = 0; d < D; ++d, q += kGroupLanes) {
-    vf lane[NR];
-    for (int j = 0; j < NR; ++j) lane[j] = load(q + j * W);
+    vf lane[NV];
+    for (int j = 0; j < NV; ++j) lane[j] = load(q + j * W);
     for (int i = 0; i < MR; ++i) {
       const vf x = splat(k[i * stride + d]);
-      for (int j = 0; j < NR; ++j) acc[i][j] += x * lane[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] += x * lane[j];
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) {
+    for (int j = 0; j < NV; ++j) {
       store(s + i * kLanes + j * W, acc[i][j]);
       top[j] = vmax(top[j], acc[i][j]);
     }
 }
 
-// S [n][64] of n keys at k, and each lane's max over them.
+// S [n][64] of n keys at k, and each lane's max over them, for the lanes of `vectors` vectors.
 BSA_INLINE void score_rows(const float* k, int64_t stride, int64_t n, const float* qt, int64_t D,
-                           float* s, float* top) {
-  for (int g = 0; g < kGroups; ++g) {
+                           int vectors, float* s, float* top) {
+  for (int g = 0; g * NR < vectors; ++g) {
     const float* q = qt + g * D * kGroupLanes;
     float* sg = s + g * kGroupLanes;
-    vf tops[NR];
-    for (int j = 0; j < NR; ++j) tops[j] = splat(-kInf);
-    int64_t i = 0;
-    for (; i + kKeys <= n; i += kKeys)
-      score_tile<kKeys>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
-    for (; i < n; ++i) score_tile<1>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
-    for (int j = 0; j < NR; ++j) store(top + g * kGroupLanes + j * W, tops[j]);
+    with_tile(vectors - g * NR, [&]<int MR, int NV>() __attribute__((always_inline)) {
+      vf tops[NV];
+      for (int j = 0; j < NV; ++j) tops[j] = splat(-kInf);
+      int64_t i = 0;
+      for (; i + MR <= n; i += MR)
+        score_tile<MR, NV>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
+      for (; i < n; ++i) score_tile<1, NV>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
+      for (int j = 0; j < NV; ++j) store(top + g * kGroupLanes + j * W, tops[j]);
+    });
   }
 }
 
-// MR columns, from d on, of O^T += V^T P for one group of lanes and n keys.
-template <int MR>
+// MR columns, from d on, of O^T += V^T P for NV vectors of lanes and n keys.
+template <int MR, int NV>
 BSA_INLINE void value_tile(const float* const* v, int64_t d, int64_t n, const float* p, float* o) {
-  vf acc[MR][NR];
+  vf acc[MR][NV];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) acc[i][j] = load(o + i * kGroupLanes + j * W);
+    for (int j = 0; j < NV; ++j) acc[i][j] = load(o + i * kGroupLanes + j * W);
   for (int64_t k = 0; k < n; ++k, p += kLanes) {
     const float* row = v[k] + d;
-    vf lane[NR];
-    for (int j = 0; j < NR; ++j) lane[j] = load(p + j * W);
+    vf lane[NV];
+    for (int j = 0; j < NV; ++j) lane[j] = load(p + j * W);
     for (int i = 0; i < MR; ++i) {
       const vf x = splat(row[i]);
-      for (int j = 0; j < NR; ++j) acc[i][j] += x * lane[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] += x * lane[j];
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) store(o + i * kGroupLanes + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(o + i * kGroupLanes + j * W, acc[i][j]);
 }
 
 BSA_INLINE void value_rows(const float* const* v, int64_t n, const float* p, int64_t Dv,
-                           float* ot) {
-  for (int g = 0; g < kGroups; ++g) {
+                           int vectors, float* ot) {
+  for (int g = 0; g * NR < vectors; ++g) {
     float* o = ot + g * Dv * kGroupLanes;
     const float* pg = p + g * kGroupLanes;
-    int64_t d = 0;
-    for (; d + kKeys <= Dv; d += kKeys) value_tile<kKeys>(v, d, n, pg, o + d * kGroupLanes);
-    for (; d < Dv; ++d) value_tile<1>(v, d, n, pg, o + d * kGroupLanes);
+    with_tile(vectors - g * NR, [&]<int MR, int NV>() __attribute__((always_inline)) {
+      int64_t d = 0;
+      for (; d + MR <= Dv; d += MR) value_tile<MR, NV>(v, d, n, pg, o + d * kGroupLanes);
+      for (; d < Dv; ++d) value_tile<1, NV>(v, d, n, pg, o + d * kGroupLanes);
+    });
   }
 }
 
@@ -109,22 +126,22 @@ struct FloatEngine {
     return top;
   }
 
-  static void scores(const T* k, int64_t stride, int64_t n, const void* qt, int64_t D, float* wide,
-                     float* s, float* top) {
+  static void scores(const T* k, int64_t stride, int64_t n, const void* qt, int64_t D, int vectors,
+                     float* wide, float* s, float* top) {
     const float* q = static_cast<const float*>(qt);
     if constexpr (sizeof(T) == 4) {
-      score_rows(k, stride, n, q, D, s, top);
+      score_rows(k, stride, n, q, D, vectors, s, top);
     } else {
       for (int64_t i = 0; i < n; ++i) widen(k + i * stride, D, wide + i * D);
-      score_rows(wide, D, n, q, D, s, top);
+      score_rows(wide, D, n, q, D, vectors, s, top);
     }
   }
 
   // P = 2^(S * unit - top) for n <= 64 rows of S, then O^T += V^T P with the rows of V that `keys`
   // names.
   static void values(float* s, int64_t n, const int64_t* keys, const T* v, int64_t stride,
-                     int64_t Dv, float unit, const float* minus_top, float* l, void*, float* wide,
-                     float* ot) {
+                     int64_t Dv, float unit, const float* minus_top, int vectors, float* l, void*,
+                     float* wide, float* ot) {
     exponentials(s, n, unit, minus_top, l);
     const float* rows[kLanes];
     for (int64_t i = 0; i < n; ++i) {
@@ -136,7 +153,7 @@ struct FloatEngine {
         rows[i] = wide + i * Dv;
       }
     }
-    value_rows(rows, n, s, Dv, ot);
+    value_rows(rows, n, s, Dv, vectors, ot);
   }
 };
 

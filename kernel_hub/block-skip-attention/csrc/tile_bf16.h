@@ -15,41 +15,41 @@ BSA_INLINE __m512bh splat_pair(const void* p) {
   return (__m512bh)_mm512_set1_epi32(bits);
 }
 
-template <int MR>
+template <int MR, int NV>
 BSA_INLINE void score_tile_bf16(const bf16* k, int64_t stride, const uint32_t* q, int64_t D,
                                 float* s, vf* top) {
-  __m512 acc[MR][NR] = {};
+  __m512 acc[MR][NV] = {};
   for (int64_t d = 0; d < D; d += 2, q += kLanes) {
-    __m512bh lane[NR];
-    for (int j = 0; j < NR; ++j) lane[j] = pair(q + j * W);
+    __m512bh lane[NV];
+    for (int j = 0; j < NV; ++j) lane[j] = pair(q + j * W);
     for (int i = 0; i < MR; ++i) {
       const __m512bh x = splat_pair(k + i * stride + d);
-      for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) {
+    for (int j = 0; j < NV; ++j) {
       _mm512_storeu_ps(s + i * kLanes + j * W, acc[i][j]);
       top[j] = vmax(top[j], (vf)acc[i][j]);
     }
 }
 
-template <int MR>
+template <int MR, int NV>
 BSA_INLINE void value_tile_bf16(const uint32_t* v, int64_t Dv, int64_t pairs, const uint32_t* p,
                                 float* o) {
-  __m512 acc[MR][NR];
+  __m512 acc[MR][NV];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_loadu_ps(o + i * kLanes + j * W);
+    for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_loadu_ps(o + i * kLanes + j * W);
   for (int64_t k = 0; k < pairs; ++k, p += kLanes, v += Dv) {
-    __m512bh lane[NR];
-    for (int j = 0; j < NR; ++j) lane[j] = pair(p + j * W);
+    __m512bh lane[NV];
+    for (int j = 0; j < NV; ++j) lane[j] = pair(p + j * W);
     for (int i = 0; i < MR; ++i) {
       const __m512bh x = splat_pair(v + i);
-      for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, lane[j]);
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) _mm512_storeu_ps(o + i * kLanes + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) _mm512_storeu_ps(o + i * kLanes + j * W, acc[i][j]);
 }
 
 // Rows a and b interleaved: y[d] holds a[d] in its low half, b[d] in its high half.
@@ -81,21 +81,23 @@ struct Bf16Engine {
     return top;
   }
 
-  static void scores(const bf16* k, int64_t stride, int64_t n, const void* qt, int64_t D, float*,
-                     float* s, float* top) {
+  static void scores(const bf16* k, int64_t stride, int64_t n, const void* qt, int64_t D,
+                     int vectors, float*, float* s, float* top) {
     const uint32_t* q = static_cast<const uint32_t*>(qt);
-    vf tops[NR];
-    for (int j = 0; j < NR; ++j) tops[j] = splat(-kInf);
-    int64_t i = 0;
-    for (; i + kKeys <= n; i += kKeys)
-      score_tile_bf16<kKeys>(k + i * stride, stride, q, D, s + i * kLanes, tops);
-    for (; i < n; ++i) score_tile_bf16<1>(k + i * stride, stride, q, D, s + i * kLanes, tops);
-    for (int j = 0; j < NR; ++j) store(top + j * W, tops[j]);
+    with_tile(vectors, [&]<int MR, int NV>() __attribute__((always_inline)) {
+      vf tops[NV];
+      for (int j = 0; j < NV; ++j) tops[j] = splat(-kInf);
+      int64_t i = 0;
+      for (; i + MR <= n; i += MR)
+        score_tile_bf16<MR, NV>(k + i * stride, stride, q, D, s + i * kLanes, tops);
+      for (; i < n; ++i) score_tile_bf16<1, NV>(k + i * stride, stride, q, D, s + i * kLanes, tops);
+      for (int j = 0; j < NV; ++j) store(top + j * W, tops[j]);
+    });
   }
 
   static void values(float* s, int64_t n, const int64_t* keys, const bf16* v, int64_t stride,
-                     int64_t Dv, float unit, const float* minus_top, float* l, void* packed,
-                     float* wide, float* ot) {
+                     int64_t Dv, float unit, const float* minus_top, int vectors, float* l,
+                     void* packed, float* wide, float* ot) {
     uint32_t* p = static_cast<uint32_t*>(packed);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(wide);
     const __m512i zip =
@@ -118,10 +120,12 @@ struct Bf16Engine {
     }
     for (int j = 0; j < NR; ++j) store(l + j * W, sum[j]);
     const int64_t half = (n + 1) / 2;
-    int64_t d = 0;
-    for (; d + kKeys <= Dv; d += kKeys)
-      value_tile_bf16<kKeys>(pairs + d, Dv, half, p, ot + d * kLanes);
-    for (; d < Dv; ++d) value_tile_bf16<1>(pairs + d, Dv, half, p, ot + d * kLanes);
+    with_tile(vectors, [&]<int MR, int NV>() __attribute__((always_inline)) {
+      int64_t d = 0;
+      for (; d + MR <= Dv; d += MR)
+        value_tile_bf16<MR, NV>(pairs + d, Dv, half, p, ot + d * kLanes);
+      for (; d < Dv; ++d) value_tile_bf16<1, NV>(pairs + d, Dv, half, p, ot + d * kLanes);
+    });
   }
 };
 
