@@ -48,7 +48,8 @@ class Blasst(Method):
         note = (
             f"blasst is not calibrated for {' and '.join(phases)}: it only skips while every row "
             f"provably keeps all but {eps / (1 + eps):.0%} of its softmax mass "
-            f"(max_dropped_mass={eps}). For more speed, hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
+            f"(max_dropped_mass={eps}). For more speed, "
+            "hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
             "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
         )
         return [note]
