@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 # Threads that wait for each other sleep instead of spinning. On a busy machine spinning threads take
 # the cores from the ones they wait for: measured, decoding fell from 20 to 1 tokens a second.
@@ -51,7 +52,7 @@ format: setup  ## let ruff and clang-format rewrite the sources
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 bench: setup  ## the benchmarks that run on a CPU
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.cpu_attention $(BENCH_ARGS)
 
 gpu-check:  ## what to run on a machine with a GPU
 	$(PYTHON) benchmarks/gpu_check.py
