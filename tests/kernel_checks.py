@@ -54,9 +54,11 @@ def check(
             seen_rows[b, rows] = row.visible.any(-1)
             skipped = bits[b, :, i, : row.n_blocks]
             row_rule = _RowRule.of(rule, b, i, voters, heads)
-            counts[b, :, 0] += row.check_decisions(skipped, row_rule)
+            visited = row.check_decisions(skipped, row_rule)
             per_head = skipped.repeat_interleave(heads // voters, 0)
-            counts[b, :, 1] += per_head.sum(-1)
+            if start < request.end_row:  # right padding is not counted
+                counts[b, :, 0] += visited
+                counts[b, :, 1] += per_head.sum(-1)
             row.check_numbers(
                 per_head,
                 result.out[b, rows].transpose(0, 1).double(),
@@ -85,6 +87,7 @@ class BlockRow:
         if call.softcap is not None:
             self.error = self.error + EXP_ERROR * call.softcap
         self.diagonal = request.diagonal(rows, geometry.block_k) if call.causal else range(0)
+        self.voting = request.voting(rows, call.phase == "decode")
 
     def check_decisions(self, skipped: Tensor, rule: _RowRule) -> int:
         """Each of the decisions `skipped` `[voters, NK]`; returns how many blocks are visited."""
@@ -116,6 +119,7 @@ class BlockRow:
                     assert not skip.any(), f"block {j} must be kept"
                 else:
                     margin = self._margin(rule, m_new, m, log_l, log_c_then)
+                    margin = margin.masked_fill(~self.voting, -math.inf)
                     sure_skip = (margin < -band).all(1, keepdim=True)
                     sure_keep = (margin > band).any(1, keepdim=True)
                     wrong = (sure_skip & ~skip) | (sure_keep & skip)

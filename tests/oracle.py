@@ -45,12 +45,16 @@ def attention(
         return out, lse, dropped, skipped, visited
     first_key = valid.index(True)
     first_row = max(first_key - offset, 0) if causal else 0
+    last_key = max(c for c in range(kv_len) if valid[c])
 
     def sees(r, c):
         position = offset + r
         return (
             valid[c] and (not causal or c <= position) and (window is None or c > position - window)
         )
+
+    def is_padding(r):
+        return causal and offset + r > last_key
 
     def score(h, r, c):
         s = scale * sum(a * b for a, b in zip(q[h][r], k[h // group][c], strict=True))
@@ -94,6 +98,7 @@ def attention(
             splits = [[j for j in rest if j * block_k // split_k == s] for s in names]
         else:
             seed, splits = [], [front + rest]
+        counted = not all(is_padding(r) for _, r in rows)
         kept = list(seed)
         total_c = dict.fromkeys(rows, 0.0)
         for split in splits:
@@ -105,7 +110,7 @@ def attention(
                 agree = bool(rule)
                 for row in rows:
                     here = [s for _, s in keys[j].get(row, [])]
-                    if not here:
+                    if not here or (counted and is_padding(row[1])):
                         continue
                     h, m_new = row[0], max(here)
                     if rule.get("lam"):
@@ -132,7 +137,8 @@ def attention(
                     kept.append(j)
             for row in rows:
                 total_c[row] += c[row]
-        visited |= {(voter, i, j) for j in keys}
+        if counted:
+            visited |= {(voter, i, j) for j in keys}
         for h, r in rows:
             pairs = [pair for j in kept for pair in keys[j].get((h, r), [])]
             total = sum(math.exp(s) for _, s in pairs)

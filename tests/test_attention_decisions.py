@@ -67,18 +67,7 @@ def check_that_some_but_not_all_are_skipped(seen: Seen) -> None:
     assert 0.02 * visited < skips < 0.98 * visited
 
 
-@pytest.mark.parametrize(
-    "side",
-    [
-        "left",
-        pytest.param(
-            "right",
-            marks=pytest.mark.xfail(
-                reason="padding queries after the last valid key still vote in the backends"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", ["blasst", "bsfa"])
 def test_a_padded_batch_decides_as_its_requests_alone(

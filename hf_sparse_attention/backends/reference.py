@@ -75,6 +75,7 @@ def run(
                 geometry,
                 diagonal=request.diagonal(rows, geometry.block_k) if call.causal else range(0),
                 split=decode,
+                voting=request.voting(rows, decode),
             )
             skipped = decision.skipped.repeat_interleave(heads // voters, 0)  # [Hq, NK]
             hidden = skipped.repeat_interleave(geometry.block_k, 1)[:, None, : scores.shape[-1]]
@@ -83,8 +84,9 @@ def run(
             lse[b, :, rows] = lse_rows.masked_fill(~visible.any(-1), -math.inf)
             rows_out.append(out_rows)
             log_c[b, :, rows] = decision.log_c.reshape(heads, -1)
-            counts[b, :, 0] += decision.visited
-            counts[b, :, 1] += skipped.sum(1)
+            if rows.start < request.end_row:
+                counts[b, :, 0] += decision.visited
+                counts[b, :, 1] += skipped.sum(1)
             skips[b, :, i, : decision.skipped.shape[1]] = decision.skipped
         outs.append(torch.cat(rows_out, dim=1).transpose(0, 1))
     out = torch.stack(outs) if outs else torch.zeros((0, q_len, heads, v_dim), dtype=dtype)
@@ -110,6 +112,7 @@ class _Request:
     valid: Tensor  # bool [K]
     offset: int  # column of query row 0, counted from the first valid key
     first_row: int  # the first query row that may see a key
+    end_row: int  # the query row after the last valid key; from here on queries are padding
     call: AttentionCall
 
     @classmethod
@@ -131,6 +134,7 @@ class _Request:
             valid=valid[first:end],
             offset=offset - first,
             first_row=first_row if columns else q_len,
+            end_row=min(max(end - offset, 0), q_len) if call.causal else q_len,
             call=call,
         )
 
@@ -148,6 +152,15 @@ class _Request:
         if call.window is not None:
             visible = visible & (column > position - call.window)
         return scores.masked_fill(~visible, -math.inf), visible
+
+    def voting(self, rows: slice, decode: bool) -> Tensor:
+        """Which of `rows` vote, bool `[R]`: not those of right padding, unless there are no others.
+
+        In decode the group's heads vote at one position, which is of one kind: all do.
+        """
+        row = torch.arange(rows.start, rows.stop, device=self.q.device)
+        everyone = decode or rows.start >= self.end_row
+        return torch.ones_like(row, dtype=torch.bool) if everyone else row < self.end_row
 
     def diagonal(self, rows: slice, block_k: int) -> range:
         """The key blocks that the causal diagonal crosses in `rows`."""
@@ -235,6 +248,7 @@ def _decide(
     *,
     diagonal: range,
     split: bool,
+    voting: Tensor,
 ) -> _Decision:
     """Walks one block row in its order and decides block by block; scores `[voters, rows, K]`."""
     blocks = _to_blocks(scores, geometry.block_k, -math.inf)  # [voters, rows, NK, block_k]
@@ -261,7 +275,8 @@ def _decide(
             if rule.forbids(j, diagonal):
                 skip = torch.zeros_like(m_new[:, :1], dtype=torch.bool)
             else:
-                skip = rule.allows(m_new, m, log_l, log_c_then).all(dim=1, keepdim=True)
+                agrees = rule.allows(m_new, m, log_l, log_c_then) | ~voting
+                skip = agrees.all(dim=1, keepdim=True)
             m = torch.where(skip, m, torch.maximum(m, m_new))
             log_l = torch.where(skip, log_l, torch.logaddexp(log_l, block_lse[:, :, j]))
             log_c = torch.where(skip, log_c_then, log_c)

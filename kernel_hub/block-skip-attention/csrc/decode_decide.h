@@ -57,6 +57,7 @@ class Decider {
     for (int64_t g = 0; g < p_.G; ++g) {
       p_.row_max[bh_ * p_.rows + t_ * p_.G + g] = rows_[g].top;
       p_.row_c[bh_ * p_.rows + t_ * p_.G + g] = rows_[g].total_log_c;
+      if (t_ >= rq_.end_row) continue;  // right padding is not counted
       int64_t* counts = p_.counts + (b * p_.Hq + head + g) * 2;
       __atomic_fetch_add(counts, visited, __ATOMIC_RELAXED);
       __atomic_fetch_add(counts + 1, skipped, __ATOMIC_RELAXED);

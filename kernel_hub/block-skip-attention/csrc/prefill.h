@@ -7,37 +7,10 @@
 #pragma once
 #include "finish.h"
 #include "tile.h"
+#include "units.h"
+#include "visits.h"
 
 namespace bsa::BSA_LEVEL {
-
-// How raw products become scores: S = product * before, or tanh of it, and `unit` leads on to
-// base-2 logarithms.
-struct ScoreUnits {
-  float before = 1.0f, unit;
-  bool capped = false;
-  explicit ScoreUnits(const Problem& p) {
-    if (p.softcap > 0) {
-      before = p.scale / p.softcap, unit = p.softcap * kLog2e, capped = true;
-    } else if (p.scale > 0) {
-      unit = p.scale * kLog2e;
-    } else {  // a unit must be positive, so such a scale is applied to the products
-      before = p.scale, unit = kLog2e;
-    }
-  }
-  bool trivial() const { return !capped && before == 1.0f; }
-  BSA_INLINE vf apply(const ScoreUnits& u, vf s) {
-    return u.capped ? tanhv(s * u.before) : s * u.before;
-  }
-};
-
-// The blocks of a block row, as at most three runs in the order in which they are visited.
-struct Visits {
-  int64_t lo[3], hi[3];
-  int runs = 0;
-  void add(int64_t a, int64_t b) {
-    if (a < b) lo[runs] = a, hi[runs] = b, ++runs;
-  }
-};
 
 template <class E>
 struct Prefill {
@@ -58,6 +31,7 @@ struct Prefill {
   Vote vote;
   int vectors = kVectors;  // that hold rows; the lanes behind them are never looked at
   int64_t held = 0, visited = 0, skipped = 0;
+  bool counted = true;
 
   Prefill(const Problem& p_, int64_t b_, int64_t h_, int64_t i_)
       : p(p_), rq(p_.requests[b_]), b(b_), h(h_), i(i_), units(p_) {}
@@ -86,7 +60,10 @@ struct Prefill {
                                 (p.scale < 0 ? -p.scale : p.scale) <
                             1e38 &&
                         double(q_max) * p.k_max[b * p.Hkv + h / p.G] * double(p.D) < 1e38;
-    vote.start(p, RowRule::of(p, b, h, i, units.unit), units.unit, finite);
+    // Right padding has no vote, unless there is nothing else in the block row.
+    counted = rq.end_row > row0;
+    const int64_t voters = counted && rq.end_row - row0 < rows ? rq.end_row - row0 : rows;
+    vote.start(p, RowRule::of(p, b, h, i, units.unit), units.unit, voters, finite);
     walk();
     if (held) flush();
     finish();
@@ -115,15 +92,7 @@ struct Prefill {
       for (int64_t j = last; j-- > first;) step(j, j + 1);
       return;
     }
-    Visits visits;
-    if (p.order == kSinkDiagonal) {
-      const int64_t from = first > 1 ? first : 1;  // behind the sink block
-      visits.add(first, first == 0 ? 1 : first);
-      visits.add(diag_lo > from ? diag_lo : from, diag_hi < last ? diag_hi : last);
-      visits.add(from, diag_hi > 0 && diag_lo < last ? diag_lo : last);
-    } else {
-      visits.add(first, last);
-    }
+    const Visits visits(p.order, first, last, diag_lo, diag_hi);
     const int64_t at_once = p.block_k < kLanes ? kLanes / p.block_k : 1;
     for (int r = 0; r < visits.runs; ++r)
       for (int64_t j = visits.lo[r]; j < visits.hi[r]; j += at_once)
@@ -143,6 +112,7 @@ struct Prefill {
       hold(fresh, c0, n);
       j0 = j1;
     }
+    if (j1 - j0 > 1 && decide_together(j0, j1, fresh, c0, n)) return;
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t a = j * p.block_k, e = a + p.block_k < c1 ? a + p.block_k : c1;
       if (rq.before && rq.count(a > key_lo ? a : key_lo, e) == 0) continue;
@@ -165,6 +135,32 @@ struct Prefill {
       hold(block, a, e - a);
     }
     if (held >= kLanes) flush();
+  }
+
+  // A step of small blocks in which no lane's max rises: the bounds stand still, so no decision
+  // depends on another. False if that cannot be said beforehand.
+  bool decide_together(int64_t j0, int64_t j1, float* fresh, int64_t c0, int64_t n) {
+    if (!vote.active || vote.track || p.threshold.data || rq.before || any_above64(top, vote.m))
+      return false;
+    visited += j1 - j0;
+    const bool all = !any_not_below64(top, vote.bound);
+    for (int64_t j = j0; j < j1 && !(all && !p.skips); ++j) {
+      const int64_t x = j * p.block_k - c0, size = x + p.block_k < n ? p.block_k : n - x;
+      const float* block_top = fresh + x * kLanes;
+      if (!all && size > 1) {
+        gather_top(fresh + x * kLanes, size);
+        block_top = top;
+      }
+      if (!all && any_not_below64(block_top, vote.bound)) {
+        hold(fresh + x * kLanes, c0 + x, size);
+        continue;
+      }
+      if (!all) ++skipped;
+      if (p.skips) mark(j);
+    }
+    if (all) skipped += j1 - j0;
+    if (held >= kLanes) flush();
+    return true;
   }
 
   int64_t count_seen(int64_t j0, int64_t j1, int64_t end) const {
@@ -292,6 +288,7 @@ struct Prefill {
       for (int64_t d = 0; d < p.Dv; ++d) wide[d] = sees ? o[d * kGroupLanes] * end.factor : 0.0f;
       narrow(wide, p.Dv, static_cast<T*>(p.out) + ((b * p.Lq + row0 + r) * p.Hq + h) * p.Dv);
     }
+    if (!counted) return;
     __atomic_fetch_add(p.counts + (b * p.Hq + h) * 2, visited, __ATOMIC_RELAXED);
     __atomic_fetch_add(p.counts + (b * p.Hq + h) * 2 + 1, skipped, __ATOMIC_RELAXED);
   }

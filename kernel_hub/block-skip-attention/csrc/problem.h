@@ -44,6 +44,7 @@ struct Request {
   int64_t first = 0, end = 0;
   int64_t offset = 0;               // column of query row 0, counted from `first`
   int64_t first_row = 0;            // the first query row that may see a key
+  int64_t end_row = 0;              // the row after the last valid key: right padding begins
   const uint8_t* valid = nullptr;   // null: no holes; else [keys]
   const int32_t* before = nullptr;  // with holes: valid keys before key c, [keys + 1]
   BSA_PLAIN int64_t keys() const { return end - first; }

@@ -42,6 +42,8 @@ inline Requests make_requests(const Problem& p, const uint8_t* key_valid, const 
     // A row at a negative position, before the first key, sees nothing.
     r.first_row = p.causal && r.offset < 0 ? (-r.offset < p.Lq ? -r.offset : p.Lq) : 0;
     if (r.keys() == 0) r.first_row = p.Lq;
+    const int64_t voters = r.keys() - r.offset;
+    r.end_row = !p.causal || voters > p.Lq ? p.Lq : voters > 0 ? voters : 0;
   }
   return all;
 }

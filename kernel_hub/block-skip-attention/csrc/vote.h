@@ -10,11 +10,10 @@
 // for) are kept relative to a reference score that follows the running max loosely, so that
 // rescaling is rare.
 #pragma once
-#include "simd.h"
+#include "units.h"
 
 namespace bsa::BSA_LEVEL {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLargestLogLambda = -5.9604645e-08f;  // log(1 - 2^-24): lambda stays below 1
 
 // The three conditions of one row, in score units; `relative` and `absolute` +inf where the
@@ -46,13 +45,15 @@ struct RowRule {
 
 struct alignas(64) Vote {
   float m[kLanes], bound[kLanes];
+  float slack[kLanes];  // 0, or +inf in a lane that has no vote
   float c[kLanes], l[kLanes], at[kLanes], shift[kLanes], c_then[kLanes];  // shift: -at * unit
   RowRule rule;
   float unit;
   int64_t block_k;
   bool active, track, budgeted;
 
-  void start(const Problem& p, const RowRule& row_rule, float unit_, bool active_) {
+  // The first `voters` lanes vote; the others go along with them.
+  void start(const Problem& p, const RowRule& row_rule, float unit_, int64_t voters, bool active_) {
     rule = row_rule;
     unit = unit_;
     block_k = p.block_k;
@@ -62,7 +63,8 @@ struct alignas(64) Vote {
     for (int i = 0; i < kLanes; ++i) {
       m[i] = at[i] = -kInf;
       c[i] = l[i] = shift[i] = 0;
-      bound[i] = rule.bound(-kInf);
+      slack[i] = i < voters ? 0.0f : kInf;
+      bound[i] = rule.bound(-kInf) + slack[i];
     }
   }
 
@@ -84,7 +86,8 @@ struct alignas(64) Vote {
       const vf c_new = then(top, i);
       store(c_then + i, c_new);
       // `not <=`, so that NaN does not agree either.
-      agreed &= !any_set(~(c_new <= rule.budget * load(l + i)) & (load(top + i) != -kInf));
+      agreed &= !any_set(~(c_new <= rule.budget * load(l + i)) & (load(top + i) != -kInf) &
+                         (load(slack + i) == 0.0f));
     }
     if (agreed) memcpy(c, c_then, sizeof(c));
     return agreed;
@@ -108,7 +111,7 @@ struct alignas(64) Vote {
       if (!active) continue;
       vf limit = raised + rule.relative;
       limit = limit < rule.absolute ? limit : splat(rule.absolute);
-      store(bound + i, vmax(limit, splat(-kMax)));
+      store(bound + i, vmax(limit, splat(-kMax)) + load(slack + i));
     }
   }
 
