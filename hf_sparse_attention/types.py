@@ -201,7 +201,8 @@ class AttentionResult:
         skips: on request, uint8 `[B, H', NQ, ceil(NK / 8)]`: bit j % 8 of byte j // 8 is 1 if
             block j was skipped. Prefill: H' = Hq and NQ = ceil(Lq / block_q). Decode: H' = Hkv and
             NQ = Lq. Both grids start at the request's own first valid key and at the first query
-            that may see it, so that a left-padded request decides exactly as it would alone.
+            that may see it, and queries after its last valid key have no vote (nor the budget's
+            protection), so that a padded request decides exactly as it would alone.
         dropped_mass: on request, `[B, Hq, Lq]` float32, the certificate: an upper bound
             `c / (l + c)` on the share of the row's softmax mass that was dropped.
     """
