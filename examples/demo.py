@@ -35,8 +35,8 @@ from hf_sparse_attention import (
 
 # BLASST's lambda is factor / kv_len. Decoding has one row a block, so it needs a far smaller one.
 BLASST_FACTOR = {"prefill": 200.0, "decode": 3.0}
-# BSFA keeps about this many blocks of 64 keys a block row, besides the sink and the diagonal.
-BSFA_LEVEL = 24
+# BSFA keeps one block in this many, of the longest block row, besides the sink and the diagonal.
+BSFA_SHARE = 4
 CALIBRATION_TOKENS = 3000
 
 ROUNDS = 2
@@ -68,11 +68,16 @@ def main(
     dtype: Annotated[Literal["bfloat16", "float32", "float16"], typer.Option()] = "bfloat16",
 ) -> None:
     """Compare dense attention, BLASST and BSFA on one prompt."""
-    with console.status("Loading the model (the first time: downloads and converts it)"):
-        network, tokenizer, name = load(model, getattr(torch, dtype))
+    if backend not in ("auto", *available_backends()):
+        valid = ", ".join(["auto", *available_backends()])
+        raise typer.BadParameter(
+            f"expected one of {valid}, got {backend!r}", param_hint="--backend"
+        )
     native = backend != "reference" and available_backends()["cpu"] is None
     if max_tokens is None:
         max_tokens = 6000 if native else 2000
+    with console.status("Loading the model (the first time: downloads and converts it)"):
+        network, tokenizer, name = load(model, getattr(torch, dtype))
     if text is None:
         prompt = book_prompt(tokenizer, max_tokens)
     else:
@@ -151,15 +156,16 @@ def _calibrate_bsfa(
 ) -> tuple[SparseAttentionConfig, str]:
     """Calibrate on other pages than the prompt's; the settings, and a line for the report."""
     ids = calibration_ids(tokenizer, min(prompt.input_ids.shape[1], CALIBRATION_TOKENS))
+    level = max(1, prompt.input_ids.shape[1] // 64 // BSFA_SHARE)
     start = time.perf_counter()
     with (
         _step(bar, "calibrating bsfa on other pages", len(decoder_layers(network))) as advance,
         per_layer(network, advance),
     ):
-        config = calibrate(network, [ids[0]], method="bsfa", levels=[BSFA_LEVEL], progress=False)
+        config = calibrate(network, [ids[0]], method="bsfa", levels=[level], progress=False)
     seconds = time.perf_counter() - start
     return config, (
-        f"BSFA was calibrated in memory, to keep about {BSFA_LEVEL} blocks a block row, "
+        f"BSFA was calibrated in memory, to keep about {level} blocks a block row, "
         f"on {ids.shape[1]} tokens from the end of the book: {seconds:.0f} s."
     )
 
