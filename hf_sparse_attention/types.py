@@ -213,3 +213,17 @@ class AttentionResult:
     skips: Tensor | None = None
     dropped_mass: Tensor | None = None
     backend: str = field(default="", compare=False)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bool `[..., N]` to uint8 `[..., ceil(N / 8)]`, the form of `AttentionResult.skips`."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
+    octets = bits.reshape(*bits.shape[:-1], bits.shape[-1] // 8, 8).to(torch.uint8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (octets * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 `[..., ceil(n / 8)]` to bool `[..., n]`."""
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(-2)[..., :n].bool()

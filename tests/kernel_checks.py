@@ -19,9 +19,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.backends import reference
 from hf_sparse_attention.backends.reference import _Request, _RowRule, _to_blocks, visit_order
-from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+from hf_sparse_attention.types import (
+    AttentionCall,
+    AttentionResult,
+    BlockGeometry,
+    SkipRule,
+    unpack_bits,
+)
 
 U = 2.0**-24
 EXP_ERROR = 16 * U  # of the kernel's 2^x and tanh, relative; their own tests say half of it
@@ -43,7 +48,7 @@ def check(
         (call.k.shape[1], 1) if call.phase == "decode" else (heads, geometry.block_q)
     )
     blocks = -(-call.k.shape[2] // geometry.block_k)
-    bits = reference.unpack_bits(result.skips, blocks)
+    bits = unpack_bits(result.skips, blocks)
     counts = torch.zeros_like(result.counts)
     seen_rows = torch.zeros(len(call.q), q_len, dtype=torch.bool)
     for b in range(len(call.q)):

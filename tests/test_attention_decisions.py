@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from hf_sparse_attention import attention
-from hf_sparse_attention.backends.reference import unpack_bits
-from hf_sparse_attention.types import AttentionCall, AttentionResult, SkipRule
+from hf_sparse_attention.types import AttentionCall, AttentionResult, SkipRule, unpack_bits
 
 #: With the threshold_scale_factor under which enough is skipped: a window or a softcap leaves few
 #: scores far below the largest.

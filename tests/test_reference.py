@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse_attention.backends import reference
-from hf_sparse_attention.backends.reference import pack_bits, unpack_bits
 from hf_sparse_attention.functional import block_skip_attention
-from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
+from hf_sparse_attention.types import (
+    AttentionCall,
+    BlockGeometry,
+    SkipRule,
+    pack_bits,
+    unpack_bits,
+)
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

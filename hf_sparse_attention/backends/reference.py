@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+from hf_sparse_attention.types import (
+    LARGEST_LAMBDA,
+    AttentionCall,
+    AttentionResult,
+    BlockGeometry,
+    SkipRule,
+    pack_bits,
+)
 
 NAME = "reference"
 GEOMETRIES: tuple[str, ...] | None = None  # None: any
@@ -154,19 +161,15 @@ class _Request:
         return scores.masked_fill(~visible, -math.inf), visible
 
     def voting(self, rows: slice, decode: bool) -> Tensor:
-        """Which of `rows` vote, bool `[R]`: not those of right padding, unless there are no others.
-
-        In decode the group's heads vote at one position, which is of one kind: all do.
-        """
+        """Which of `rows` vote, bool `[R]`: not right padding, unless there is nothing else."""
         row = torch.arange(rows.start, rows.stop, device=self.q.device)
         everyone = decode or rows.start >= self.end_row
         return torch.ones_like(row, dtype=torch.bool) if everyone else row < self.end_row
 
     def diagonal(self, rows: slice, block_k: int) -> range:
         """The key blocks that the causal diagonal crosses in `rows`."""
-        return range(
-            (self.offset + rows.start) // block_k, (self.offset + rows.stop - 1) // block_k + 1
-        )
+        first, last = self.offset + rows.start, self.offset + rows.stop - 1
+        return range(first // block_k, last // block_k + 1)
 
     def attend(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax over the remaining scores times v: out `[Hq, R, Dv]` and lse `[Hq, R]`."""
@@ -198,13 +201,12 @@ class _RowRule:
             if x is None:
                 return None
             x = x[b if x.shape[0] > 1 else 0]
-            if x.dim() == 2:
-                x = x[:, i if x.shape[1] > 1 else 0]
+            x = x if x.dim() == 1 else x[:, i if x.shape[1] > 1 else 0]
             return x.expand(heads).reshape(voters, -1)
 
-        eps = pick(rule.max_dropped_mass)
+        log_lambda, eps = pick(rule.log_lambda), pick(rule.max_dropped_mass)
         return cls(
-            pick(rule.log_lambda),
+            None if log_lambda is None else log_lambda.clamp(max=math.log(LARGEST_LAMBDA)),
             pick(rule.block_threshold),
             None if eps is None else eps.log(),
             rule.keep_sink,
@@ -312,15 +314,3 @@ def _to_blocks(x: Tensor, block_k: int, fill: float | bool) -> Tensor:
     padding = -x.shape[-1] % block_k
     x = torch.nn.functional.pad(x, (0, padding), value=fill)
     return x.reshape(*x.shape[:-1], x.shape[-1] // block_k, block_k)
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """Bool `[..., N]` to uint8 `[..., ceil(N / 8)]`: bit j % 8 of byte j // 8 is element j."""
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (_to_blocks(bits, 8, False).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 `[..., ceil(n / 8)]` to bool `[..., n]`."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten(-2)[..., :n].bool()

@@ -19,7 +19,8 @@ const Level* choose_level(const char** wanted) {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
-  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   const struct {
     const Level* level;
     bool here;

@@ -3,8 +3,10 @@
 // It walks the key blocks in the order of the geometry, in steps of one block or, for smaller
 // blocks, of 64 keys: scores of the step, mask, vote block by block. Scores of kept keys are
 // compacted into a buffer, in place; when it holds 64 keys their exponentials and products with V
-// are added. A skipped key therefore costs its scores only.
+// are added. A skipped key therefore costs its scores only, or less where the int8 filter proves
+// beforehand that it will be skipped.
 #pragma once
+#include "filter.h"
 #include "finish.h"
 #include "tile.h"
 #include "units.h"
@@ -23,12 +25,14 @@ struct Prefill {
   int64_t diag_lo, diag_hi;                  // the blocks that the causal diagonal crosses
   const T *k, *v;
   // Scratch.
-  char *qt, *packed;
+  char *qt, *packed, *int8_q;
   float *wide, *s, *ot;
+  T* few;  // the rows of K that the filter could not rule out
   int64_t* keys;
   alignas(64) float l[kLanes], at[kLanes];  // sum of weights, and the score they are relative to
   alignas(64) float top[kLanes];
   Vote vote;
+  Filter filter;
   int vectors = kVectors;  // that hold rows; the lanes behind them are never looked at
   int64_t held = 0, visited = 0, skipped = 0;
   bool counted = true;
@@ -64,6 +68,8 @@ struct Prefill {
     counted = rq.end_row > row0;
     const int64_t voters = counted && rq.end_row - row0 < rows ? rq.end_row - row0 : rows;
     vote.start(p, RowRule::of(p, b, h, i, units.unit), units.unit, voters, finite);
+    if (p.planes.data && finite && !rq.before && units.trivial())
+      filter.template start<T>(p, b, h, row0, rows, int8_q);
     walk();
     if (held) flush();
     finish();
@@ -83,6 +89,8 @@ struct Prefill {
     packed = take(kLanes * kLanes * 2);
     wide = reinterpret_cast<float*>(take(kLanes * (p.D > p.Dv ? p.D : p.Dv) * 4));
     keys = reinterpret_cast<int64_t*>(take((kLanes + step) * 8));
+    int8_q = take(Filter::bytes(p));
+    few = reinterpret_cast<T*>(take(kLanes * p.D * 4));
   }
 
   void walk() {
@@ -95,8 +103,10 @@ struct Prefill {
     const Visits visits(p.order, first, last, diag_lo, diag_hi);
     const int64_t at_once = p.block_k < kLanes ? kLanes / p.block_k : 1;
     for (int r = 0; r < visits.runs; ++r)
-      for (int64_t j = visits.lo[r]; j < visits.hi[r]; j += at_once)
-        step(j, j + at_once < visits.hi[r] ? j + at_once : visits.hi[r]);
+      for (int64_t j = visits.lo[r], next; j < visits.hi[r]; j = next) {
+        next = (j / at_once + 1) * at_once;  // steps lie in the chunks of the filter
+        step(j, next = next < visits.hi[r] ? next : visits.hi[r]);
+      }
   }
 
   // Scores and votes for blocks [j0, j1).
@@ -104,6 +114,59 @@ struct Prefill {
     const int64_t c0 = j0 * p.block_k, c1 = j1 * p.block_k < key_hi ? j1 * p.block_k : key_hi;
     const int64_t n = c1 - c0, valid = rq.count(c0 > key_lo ? c0 : key_lo, c1);
     if (valid == 0) return;
+    if (filter.worth_trying() && filtered(j0, j1, c0, n)) return;
+    const int64_t skipped_before = skipped;
+    decide(j0, j1, c0, c1, valid);
+    filter.likely = 2 * (skipped - skipped_before) >= j1 - j0;
+  }
+
+  // Whether the filter settles the step: all of it is skipped, or a few single keys remain.
+  bool filtered(int64_t j0, int64_t j1, int64_t c0, int64_t n) {
+    if (p.threshold.data && ((j0 < diag_hi && j1 > diag_lo) || (j0 == 0 && p.keep_sink)))
+      return false;
+    uint64_t open = 0;
+    for (int64_t c = c0; c < c0 + n && !open; c += kLanes - c % kLanes) {
+      open = filter.open_keys(c / kLanes, vote.bound) >> (c % kLanes);
+      if (c0 + n - c < kLanes) open &= (uint64_t(1) << (c0 + n - c)) - 1;
+    }
+    const int64_t left = __builtin_popcountll(open);
+    const bool single = p.block_k == 1 && 4 * left <= 3 * n && !is_edge(c0, n);
+    filter.report(!open || (single && 2 * left <= n));
+    if (open && !single) return false;
+    visited += j1 - j0;
+    if (p.skips)
+      for (int64_t j = j0; j < j1; ++j)
+        if (!(open >> (j - j0) & 1)) mark(j);
+    skipped += j1 - j0 - left;
+    if (open) decide_few(open, c0);
+    return true;
+  }
+
+  // The single keys c0 + x for each bit x of `open`, one after the other.
+  void decide_few(uint64_t open, int64_t c0) {
+    int64_t n = 0, at_key[kLanes];
+    for (; open; open &= open - 1) {
+      const int64_t c = c0 + __builtin_ctzll(open);
+      memcpy(few + n * p.D, k + c * p.k.row, p.D * sizeof(T));
+      at_key[n++] = c;
+    }
+    float* const fresh = s + held * kLanes;
+    E::scores(few, p.D, n, qt, p.D, vectors, wide, fresh, top);
+    for (int64_t x = 0; x < n; ++x) {
+      float* const row = fresh + x * kLanes;
+      if (Vote::skip(vote, row)) {
+        ++skipped;
+        if (p.skips) mark(at_key[x]);
+      } else {
+        Vote::keep(vote, row, row, 1);
+        hold(row, at_key[x], 1);
+      }
+    }
+    if (held >= kLanes) flush();
+  }
+
+  void decide(int64_t j0, int64_t j1, int64_t c0, int64_t c1, int64_t valid) {
+    const int64_t n = c1 - c0;
     float* const fresh = s + held * kLanes;
     score(fresh, c0, n, valid);
     if (!p.any_rule) {
@@ -181,15 +244,19 @@ struct Prefill {
       if (x)
         for (int j = 0; j < kLanes; j += W) store(top + j, vmax(load(part + j), load(top + j)));
     }
-    // The lowest key of the last row and the highest of the first decide whether the step is free
-    // of edges.
-    const bool edge = rows < kLanes || (p.causal && c0 + n - 1 > pos0) ||
-                      (p.window && c0 <= pos0 + rows - 1 - p.window);
+    const bool edge = is_edge(c0, n);
     if (!units.trivial())
       for (int64_t x = 0; x < n * kLanes; x += W)
         store(fresh + x, ScoreUnits::apply(units, load(fresh + x)));
     if (edge || valid < n) mask(fresh, c0, n);
     if (edge || valid < n || !units.trivial()) gather_top(fresh, n);
+  }
+
+  // Whether some lane does not see all of the keys: the lowest key of the last row and the highest
+  // of the first decide.
+  bool is_edge(int64_t c0, int64_t n) const {
+    return rows < kLanes || (p.causal && c0 + n - 1 > pos0) ||
+           (p.window && c0 <= pos0 + rows - 1 - p.window);
   }
 
   void mask(float* fresh, int64_t c0, int64_t n) {
@@ -240,7 +307,16 @@ struct Prefill {
   void flush() {
     rescale();
     alignas(64) float minus_top[kLanes];
-    for (int r = 0; r < kLanes; ++r) minus_top[r] = at[r] == -kInf ? 0.0f : -at[r] * units.unit;
+    bool huge = false;
+    for (int r = 0; r < kLanes; ++r) {
+      minus_top[r] = at[r] == -kInf ? 0.0f : -at[r] * units.unit;
+      huge = huge || minus_top[r] > 1048576.0f || minus_top[r] < -1048576.0f;
+    }
+    if (huge) {  // where the rounding of the product could push an exponent over the top
+      for (int64_t x = 0; x < held * kLanes; ++x)
+        s[x] -= at[x % kLanes] == -kInf ? 0.0f : at[x % kLanes];
+      for (int r = 0; r < kLanes; ++r) minus_top[r] = 0.0f;
+    }
     for (int64_t x = 0; x < held; x += kLanes) {
       const int64_t n = held - x < kLanes ? held - x : kLanes;
       E::values(s + x * kLanes, n, keys + x, v, p.v.row, p.Dv, units.unit, minus_top, vectors, l,

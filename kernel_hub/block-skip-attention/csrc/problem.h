@@ -55,6 +55,22 @@ struct Request {
   }
 };
 
+// A chunk of 64 keys in the int8 copy of K: its scale, and bounds on the norms of its keys' copies
+// (`plane`) and of what the copies miss (`rest`).
+struct ChunkBounds {
+  float alpha, plane_norm, rest_norm;
+};
+
+// The int8 copy of K that the filter of prefill reads: see key_planes.h. Null: no filter.
+struct KeyPlanes {
+  int64_t chunks = 0, width = 0;  // width: the head size, rounded up to whole groups of four
+  int8_t* data = nullptr;         // [B * Hkv, chunks, 64, width]
+  int32_t* sums = nullptr;        // [B * Hkv, chunks, 64]: -128 times the sum of a key's copy
+  ChunkBounds* chunk = nullptr;   // [B * Hkv, chunks]
+  float* mean = nullptr;          // [B * Hkv, D]
+  float* mean_norm = nullptr;     // [B * Hkv]
+};
+
 struct Problem {
   Strided q, k, v;
   Dtype dtype = Dtype::f32;
@@ -78,6 +94,7 @@ struct Problem {
   int64_t NQ = 0, NK = 0, skip_bytes = 0;
 
   float* k_max = nullptr;  // prefill: the largest |k| of each [B, Hkv], infinite if not finite
+  KeyPlanes planes;
 
   // Decode only: what its four passes hand to each other.
   int64_t region = kDecodeRegion, regions = 0, rows = 0, score_stride = 0;
@@ -97,6 +114,9 @@ BSA_PLAIN int64_t partial_width(const Problem& p) { return p.Dv / 16 * 16 + 16; 
 struct Level {
   const char* name;
   float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
+  // For the int8 copy of K, null where the level has no filter.
+  void (*mean[3])(const Problem&, int64_t bh);
+  void (*copy_chunk[3])(const Problem&, int64_t bh, int64_t chunk);
   void (*prefill[3])(const Problem&, int64_t b, int64_t head, int64_t block_row, char* scratch);
   void (*decode_scores[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
   void (*decode_decide)(const Problem&, int64_t bh, int64_t position, char* scratch);
