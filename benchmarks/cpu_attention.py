@@ -1,4 +1,4 @@
-"""The CPU kernel against torch's SDPA, eager attention and its own dense self.
+"""The CPU kernel against torch's SDPA, eager, what else is installed, and its own dense self.
 
     python -m benchmarks.cpu_attention [--threads 1 2] [--lengths 1024 4096] [--rounds 7]
 
@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -142,8 +143,14 @@ def prefill_case(
         q, k, v = prefill_inputs(heads, kv_heads, size, length, dtype, sparsity)
         contestants = {"sdpa": peers.sdpa(q, k, v)}
         contestants["own"] = own(q, k, v, SkipRule.never(), BlockGeometry())
+        absent = {}
         if length <= 4096 and not sparsity:
-            contestants["eager"] = peers.eager(q, k, v)
+            for name in ("eager", "flex", "openvino", "onnxruntime"):
+                made = peers.PEERS[name](q, k, v)
+                if isinstance(made, str):
+                    absent[name] = made
+                else:
+                    contestants[name] = made
         rule = SkipRule.blasst(LAMBDA)
         for geometry in map(BlockGeometry.from_name, ("64x64", "64x128", "64x1")):
             contestants[f"own blasst {geometry.name}"] = own(q, k, v, rule, geometry)
@@ -160,6 +167,7 @@ def prefill_case(
             "lambda": LAMBDA,
             "sparsity_64x64": skipped / visited,
             "threads": torch.get_num_threads(),
+            "absent": absent,
             "errors": gate(q, k, v, {name: f() for name, f in contestants.items()}),
         }
         times = measure(contestants, rounds, case["threads"])
@@ -235,9 +243,17 @@ def machine() -> dict:
         "read_gb_per_s_one_thread": big.numel() * 4 / min(times) / 1e9,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peers": {name: _version(name) for name in ("openvino", "onnxruntime")},
         "commit": commit.stdout.strip(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:
