@@ -32,19 +32,19 @@ struct Head {
   std::atomic<bool> decided{false};
 };
 
-// The int8 copy of K is worth its making where many block rows read it, under a rule that it can
-// prove: the budget and the certificate need the exact maxima, a softcap other units.
-bool filter_pays(const Problem& p, const Level& level) {
-  return level.copy_chunk[0] && p.any_rule && !p.budget.data && !p.dropped && p.softcap == 0 &&
-         p.scale > 0 && p.Lq * p.G >= 512;
+// Whether prefill may use the int8 copy of K. The budget and the certificate need exact maxima, a
+// softcap other units; and bfloat16 products are so fast that half their cost is not worth it.
+bool may_filter(const Problem& p, const Level& level) {
+  return level.filters && p.dtype != Dtype::bf16 && p.any_rule && !p.budget.data && !p.dropped &&
+         p.softcap == 0 && p.scale > 0 && p.Lq * p.G >= 512;
 }
 
-void copy_keys(Problem& p, const Level& level, Workspace& workspace) {
+void make_room_for_planes(Problem& p, Workspace& workspace) {
   const int64_t heads = p.B * p.Hkv;
   KeyPlanes& k = p.planes;
   k.chunks = (p.Lk + kLanes - 1) / kLanes, k.width = (p.D + 3) / 4 * 4;
-  const int64_t keys = heads * k.chunks * kLanes;
-  char* at = workspace.get(keys * (k.width + 4) + heads * (k.chunks * 12 + p.D * 4 + 4) + 5 * 64);
+  const int64_t chunks = heads * k.chunks, keys = chunks * kLanes;
+  char* at = workspace.get(keys * (k.width + 4) + chunks * 13 + heads * (p.D * 4 + 5) + 7 * 64);
   const auto take = [&](int64_t bytes) {
     char* const start = at;
     at += (bytes + 63) / 64 * 64;
@@ -52,13 +52,13 @@ void copy_keys(Problem& p, const Level& level, Workspace& workspace) {
   };
   k.data = reinterpret_cast<int8_t*>(take(keys * k.width));
   k.sums = reinterpret_cast<int32_t*>(take(keys * 4));
-  k.chunk = reinterpret_cast<ChunkBounds*>(take(heads * k.chunks * 12));
+  k.chunk = reinterpret_cast<ChunkBounds*>(take(chunks * 12));
   k.mean = reinterpret_cast<float*>(take(heads * p.D * 4));
   k.mean_norm = reinterpret_cast<float*>(take(heads * 4));
-  const int type = int(p.dtype);
-  run_tasks(heads, 64, [&](int64_t i, char*) { level.mean[type](p, i); });
-  run_tasks(heads * k.chunks, 64,
-            [&](int64_t i, char*) { level.copy_chunk[type](p, i / k.chunks, i % k.chunks); });
+  k.chunk_state = reinterpret_cast<uint8_t*>(take(chunks));
+  k.head_state = reinterpret_cast<uint8_t*>(take(heads));
+  std::fill_n(k.chunk_state, chunks, uint8_t(0));
+  std::fill_n(k.head_state, heads, uint8_t(0));
 }
 
 }  // namespace
@@ -66,7 +66,7 @@ void copy_keys(Problem& p, const Level& level, Workspace& workspace) {
 void run_prefill(Problem& p, const Level& level) {
   const int type = int(p.dtype);
   static thread_local Workspace workspace;
-  if (filter_pays(p, level)) copy_keys(p, level, workspace);
+  if (may_filter(p, level)) make_room_for_planes(p, workspace);
   const size_t scratch = level.scratch_bytes(p);
   std::vector<float> k_max;
   if (p.any_rule) {

@@ -12,7 +12,7 @@ static size_t scratch_bytes(const Problem& p) {
   const size_t prefill = round(kLanes * p.D * 4) + round(kLanes * p.Dv * 4) +
                          round((kLanes + step) * kLanes * 4) + round(kLanes * kLanes * 2) +
                          round(kLanes * widest * 4) + round((kLanes + step) * 8) +
-                         round(Filter::bytes(p)) + round(kLanes * p.D * 4);
+                         round(Filter<float>::bytes(p)) + round(kLanes * p.D * 4);
   const size_t scores = size_t(p.rows) * ((p.D + 31) / 32 * 32) * 4;
   const size_t values = size_t(p.region) * (sizeof(void*) + 4 + 4 * p.G) + 64;
   const size_t decide = size_t(p.G) * sizeof(DecodeRow);
@@ -49,21 +49,12 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
 #define BSA_DOTS_BF16 BSA_LEVEL::FloatDots<BSA_LEVEL::bf16>
 #endif
 
-#if BSA_ISA >= 3
-#define BSA_FILTER(function)                                         \
-  {BSA_LEVEL::function<float>, BSA_LEVEL::function<BSA_LEVEL::bf16>, \
-   BSA_LEVEL::function<BSA_LEVEL::f16>}
-#else
-#define BSA_FILTER(function) {nullptr, nullptr, nullptr}
-#endif
-
 #define BSA_DEFINE_LEVEL(symbol, label)                                                \
   const Level symbol = {                                                               \
       label,                                                                           \
       {BSA_LEVEL::max_abs_of_head<float>, BSA_LEVEL::max_abs_of_head<BSA_LEVEL::bf16>, \
        BSA_LEVEL::max_abs_of_head<BSA_LEVEL::f16>},                                    \
-      BSA_FILTER(mean_of_head),                                                        \
-      BSA_FILTER(copy_chunk),                                                          \
+      BSA_ISA >= 3,                                                                    \
       {BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<float>>, BSA_PREFILL_BF16,            \
        BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},                    \
       {BSA_LEVEL::decode_scores<BSA_LEVEL::FloatDots<float>>,                          \

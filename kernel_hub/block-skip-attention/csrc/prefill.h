@@ -32,7 +32,7 @@ struct Prefill {
   alignas(64) float l[kLanes], at[kLanes];  // sum of weights, and the score they are relative to
   alignas(64) float top[kLanes];
   Vote vote;
-  Filter filter;
+  Filter<T> filter;
   int vectors = kVectors;  // that hold rows; the lanes behind them are never looked at
   int64_t held = 0, visited = 0, skipped = 0;
   bool counted = true;
@@ -69,7 +69,7 @@ struct Prefill {
     const int64_t voters = counted && rq.end_row - row0 < rows ? rq.end_row - row0 : rows;
     vote.start(p, RowRule::of(p, b, h, i, units.unit), units.unit, voters, finite);
     if (p.planes.data && finite && !rq.before && units.trivial())
-      filter.template start<T>(p, b, h, row0, rows, int8_q);
+      filter.offer(p, b, h, row0, rows, int8_q);
     walk();
     if (held) flush();
     finish();
@@ -89,7 +89,7 @@ struct Prefill {
     packed = take(kLanes * kLanes * 2);
     wide = reinterpret_cast<float*>(take(kLanes * (p.D > p.Dv ? p.D : p.Dv) * 4));
     keys = reinterpret_cast<int64_t*>(take((kLanes + step) * 8));
-    int8_q = take(Filter::bytes(p));
+    int8_q = take(Filter<T>::bytes(p));
     few = reinterpret_cast<T*>(take(kLanes * p.D * 4));
   }
 
@@ -117,7 +117,7 @@ struct Prefill {
     if (filter.worth_trying() && filtered(j0, j1, c0, n)) return;
     const int64_t skipped_before = skipped;
     decide(j0, j1, c0, c1, valid);
-    filter.likely = 2 * (skipped - skipped_before) >= j1 - j0;
+    filter.saw(float(skipped - skipped_before) / float(j1 - j0));
   }
 
   // Whether the filter settles the step: all of it is skipped, or a few single keys remain.
@@ -138,6 +138,7 @@ struct Prefill {
       for (int64_t j = j0; j < j1; ++j)
         if (!(open >> (j - j0) & 1)) mark(j);
     skipped += j1 - j0 - left;
+    filter.saw(1.0f - float(left) / float(n));
     if (open) decide_few(open, c0);
     return true;
   }

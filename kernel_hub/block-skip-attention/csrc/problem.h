@@ -69,6 +69,8 @@ struct KeyPlanes {
   ChunkBounds* chunk = nullptr;   // [B * Hkv, chunks]
   float* mean = nullptr;          // [B * Hkv, D]
   float* mean_norm = nullptr;     // [B * Hkv]
+  // 0 not made, 1 being made, 2 made: chunks and means are made by the first task that wants them.
+  uint8_t *chunk_state = nullptr, *head_state = nullptr;
 };
 
 struct Problem {
@@ -114,9 +116,7 @@ BSA_PLAIN int64_t partial_width(const Problem& p) { return p.Dv / 16 * 16 + 16; 
 struct Level {
   const char* name;
   float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
-  // For the int8 copy of K, null where the level has no filter.
-  void (*mean[3])(const Problem&, int64_t bh);
-  void (*copy_chunk[3])(const Problem&, int64_t bh, int64_t chunk);
+  bool filters;  // whether prefill has its int8 filter
   void (*prefill[3])(const Problem&, int64_t b, int64_t head, int64_t block_row, char* scratch);
   void (*decode_scores[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
   void (*decode_decide)(const Problem&, int64_t bh, int64_t position, char* scratch);
