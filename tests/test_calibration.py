@@ -8,11 +8,12 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attention import calibrate, collect_stats, observation, set_sparse_attention
+from hf_sparse_attention import calibrate, collect_stats, set_sparse_attention
 from hf_sparse_attention.backends import reference
-from hf_sparse_attention.calibration import OBSERVER, token_rows
-from hf_sparse_attention.fitting import Curve, fit_blasst
-from hf_sparse_attention.observation import GapHistograms, TopBlocks, block_rows
+from hf_sparse_attention.calibration import observation
+from hf_sparse_attention.calibration.api import OBSERVER, token_rows
+from hf_sparse_attention.calibration.fitting import Curve, fit_blasst
+from hf_sparse_attention.calibration.observation import GapHistograms, TopBlocks, block_rows
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.observation import BINS_PER_NAT, U_BINS, U_MIN, GapHistograms
+from hf_sparse_attention.calibration.observation import BINS_PER_NAT, U_BINS, U_MIN, GapHistograms
 from hf_sparse_attention.types import PHASES, Phase
 
 

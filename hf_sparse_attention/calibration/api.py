@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
+from hf_sparse_attention.calibration.fitting import fit_blasst
+from hf_sparse_attention.calibration.observation import GapHistograms, TopBlocks, block_rows
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
-from hf_sparse_attention.fitting import fit_blasst
-from hf_sparse_attention.observation import GapHistograms, TopBlocks, block_rows
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
 from hf_sparse_attention.settings import LayerSettings
 from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
