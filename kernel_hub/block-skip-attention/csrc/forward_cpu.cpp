@@ -1,36 +1,13 @@
-// From tensors to a Problem: checks, strides, outputs. Messages say what was expected and what
-// came.
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cmath>
+// The forward's binding: from tensors to a Problem, and its outputs.
 #include <initializer_list>
-#include <limits>
 
 #include "../torch-ext/torch_binding.h"
 #include "forward.h"
-#include "requests.h"
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using bsa::MaybeTensor, bsa::ScalarType, bsa::Tensor;
 
 namespace {
-
-std::string shape(const Tensor& x) {
-  std::string s = "[";
-  for (int64_t i = 0; i < x.dim(); ++i) s += (i ? ", " : "") + std::to_string(x.size(i));
-  return s + "]";
-}
-
-// A 4-dimensional input whose last dimension is made contiguous if it is not.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.size(3) > 1 && x.stride(3) != 1 ? torch::stable::contiguous(x) : x;
-}
-
-bsa::Strided strided(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
 
 // A rule's tensor, float32, each dimension `full` or 1.
 bsa::RuleTensor rule_tensor(MaybeTensor& x, const char* name, std::initializer_list<int64_t> full) {
@@ -39,12 +16,12 @@ bsa::RuleTensor rule_tensor(MaybeTensor& x, const char* name, std::initializer_l
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_cpu(), name,
                   ": expected a float32 tensor on the CPU");
   STD_TORCH_CHECK(x->dim() == int64_t(full.size()), name, ": expected ", full.size(),
-                  " dimensions, got ", shape(*x));
+                  " dimensions, got ", bsa::shape(*x));
   int64_t* const strides[] = {&r.batch, &r.head, &r.row};
   int64_t i = 0;
   for (const int64_t size : full) {
     STD_TORCH_CHECK(x->size(i) == size || x->size(i) == 1, name, ": expected size ", size,
-                    " or 1 in dimension ", i, ", got ", shape(*x));
+                    " or 1 in dimension ", i, ", got ", bsa::shape(*x));
     *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
     ++i;
   }
@@ -52,120 +29,34 @@ bsa::RuleTensor rule_tensor(MaybeTensor& x, const char* name, std::initializer_l
   return r;
 }
 
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                  "q, k, v: expected [batch, heads, length, head size], got ", shape(q), ", ",
-                  shape(k), ", ", shape(v));
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
-                      k.size(2) == v.size(2) && k.size(3) == q.size(3),
-                  "q, k, v: expected [B, Hq, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv], got ",
-                  shape(q), ", ", shape(k), ", ", shape(v));
-  STD_TORCH_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0,
-                  "q, k: expected a multiple of the key/value heads (", k.size(1),
-                  ") as query heads, got ", q.size(1));
-  STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= 512 && v.size(3) >= 1 && v.size(3) <= 512,
-                  "head size: expected 1 to 512, got ", q.size(3), " and ", v.size(3));
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "q, k, v: expected one dtype for all three");
-  STD_TORCH_CHECK(k.size(2) < std::numeric_limits<int32_t>::max(),
-                  "k: expected fewer than 2^31 keys, got ", k.size(2));
-}
-
-void check_geometry(const bsa::Problem& p, int64_t order) {
-  STD_TORCH_CHECK(p.block_q >= 1 && p.block_q <= bsa::kLanes, "block_q: expected 1 to 64, got ",
-                  p.block_q);
-  STD_TORCH_CHECK(
-      p.block_k >= 1 && p.block_k <= 1024 && (64 % p.block_k == 0 || p.block_k % 64 == 0),
-      "block_k: expected a divisor of 64, or a multiple of 64 up to 1024, got ", p.block_k);
-  STD_TORCH_CHECK(order >= 0 && order <= 2,
-                  "order: expected 0 ascending, 1 sink_diagonal or 2 descending, got ", order);
-  STD_TORCH_CHECK(p.split_k >= 1, "split_k: expected at least 1, got ", p.split_k);
-  STD_TORCH_CHECK(p.window >= 0, "window: expected 0 (none) or more, got ", p.window);
-  STD_TORCH_CHECK(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
-  STD_TORCH_CHECK(p.softcap >= 0 && std::isfinite(p.softcap),
-                  "softcap: expected 0 (none) or more, got ", p.softcap);
-}
-
-bsa::Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return bsa::Dtype::f32;
-    case ScalarType::BFloat16:
-      return bsa::Dtype::bf16;
-    case ScalarType::Half:
-      return bsa::Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "q, k, v: expected float32, bfloat16 or float16");
-  }
-}
-
-const bsa::Level& level() {
-  const char* wanted;
-  const bsa::Level* found = bsa::choose_level(&wanted);
-  STD_TORCH_CHECK(found,
-                  "HF_SPARSE_ATTENTION_CPU_LEVEL: expected portable, avx2, avx512 or avx512_bf16, "
-                  "as far as this "
-                  "machine has it, got ",
-                  wanted);
-  return *found;
-}
-
 }  // namespace
 
-std::string cpu_level() { return level().name; }
+std::string cpu_level() { return bsa::level().name; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     Tensor q, Tensor k, Tensor v, MaybeTensor key_valid, MaybeTensor q_offset, MaybeTensor sinks,
     MaybeTensor log_lambda, MaybeTensor block_threshold, MaybeTensor max_dropped_mass, double scale,
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
     int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass) {
-  check_inputs(q, k, v);
-  q = with_dense_rows(q), k = with_dense_rows(k), v = with_dense_rows(v);
+  STD_TORCH_CHECK(order >= 0 && order <= 2,
+                  "order: expected 0 ascending, 1 sink_diagonal or 2 descending, got ", order);
+  STD_TORCH_CHECK(split_k >= 1, "split_k: expected at least 1, got ", split_k);
   bsa::Problem p;
-  p.q = strided(q), p.k = strided(k), p.v = strided(v);
-  p.dtype = dtype_of(q);
-  p.B = q.size(0), p.Hq = q.size(1), p.Hkv = k.size(1), p.Lq = q.size(2), p.Lk = k.size(2);
-  p.D = q.size(3), p.Dv = v.size(3), p.G = p.Hkv ? p.Hq / p.Hkv : 1;
-  p.scale = float(scale), p.softcap = float(softcap), p.causal = causal, p.window = window;
-  p.block_q = block_q, p.block_k = block_k, p.split_k = split_k, p.order = bsa::Order(order),
-  p.keep_sink = keep_sink;
-  check_geometry(p, order);
-
-  const bool decode = p.Lq <= bsa::kDecodeMaxQueries && p.Lk > p.Lq;
-  p.NQ = decode ? p.Lq : (p.Lq + block_q - 1) / block_q;
-  p.NK = (p.Lk + block_k - 1) / block_k;
-  p.skip_bytes = (p.NK + 7) / 8;
+  p.split_k = split_k, p.order = bsa::Order(order), p.keep_sink = keep_sink;
+  const bsa::Requests requests = bsa::fill(p, q, k, v, key_valid, q_offset, sinks, scale, causal,
+                                           window, softcap, block_q, block_k);
   p.log_lambda = rule_tensor(log_lambda, "log_lambda", {p.B, p.Hq});
   p.threshold = rule_tensor(block_threshold, "block_threshold", {p.B, p.Hq, p.NQ});
   p.budget = rule_tensor(max_dropped_mass, "max_dropped_mass", {p.B, p.Hq});
   p.any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
-  if (key_valid) {
-    STD_TORCH_CHECK(key_valid->scalar_type() == ScalarType::Bool && key_valid->dim() == 2 &&
-                        key_valid->size(0) == p.B && key_valid->size(1) == p.Lk,
-                    "key_valid: expected bool [", p.B, ", ", p.Lk, "], got ", shape(*key_valid));
-    key_valid = torch::stable::contiguous(*key_valid);
-  }
-  if (q_offset) {
-    STD_TORCH_CHECK(q_offset->scalar_type() == ScalarType::Long && q_offset->dim() == 1 &&
-                        (q_offset->size(0) == 1 || q_offset->size(0) == p.B),
-                    "q_offset: expected int64 [1] or [", p.B, "], got ", shape(*q_offset));
-    q_offset = torch::stable::contiguous(*q_offset);
-  }
-  if (sinks) {
-    STD_TORCH_CHECK(
-        sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 && sinks->size(0) == p.Hq,
-        "sinks: expected float32 [", p.Hq, "], got ", shape(*sinks));
-    sinks = torch::stable::contiguous(*sinks);
-    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
-  }
 
   Tensor out = torch::stable::new_empty(q, {p.B, p.Lq, p.Hq, p.Dv});
   Tensor lse = torch::stable::new_empty(q, {p.B, p.Hq, p.Lq}, ScalarType::Float);
   Tensor counts = torch::stable::new_zeros(q, {p.B, p.Hq, 2}, ScalarType::Long);
-  Tensor skips = return_skips
-                     ? torch::stable::new_zeros(q, {p.B, decode ? p.Hkv : p.Hq, p.NQ, p.skip_bytes},
-                                                ScalarType::Byte)
-                     : torch::stable::new_empty(q, {0}, ScalarType::Byte);
+  Tensor skips =
+      return_skips ? torch::stable::new_zeros(
+                         q, {p.B, p.decode() ? p.Hkv : p.Hq, p.NQ, p.skip_bytes}, ScalarType::Byte)
+                   : torch::stable::new_empty(q, {0}, ScalarType::Byte);
   Tensor dropped = return_dropped_mass
                        ? torch::stable::new_zeros(q, {p.B, p.Hq, p.Lq}, ScalarType::Float)
                        : torch::stable::new_empty(q, {0}, ScalarType::Float);
@@ -175,17 +66,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   if (return_skips) p.skips = static_cast<uint8_t*>(skips.mutable_data_ptr());
   if (return_dropped_mass) p.dropped = static_cast<float*>(dropped.mutable_data_ptr());
 
-  const auto* valid =
-      key_valid ? static_cast<const uint8_t*>(key_valid->const_data_ptr()) : nullptr;
-  const auto* offset = q_offset ? static_cast<const int64_t*>(q_offset->const_data_ptr()) : nullptr;
-  const bsa::Requests requests =
-      bsa::make_requests(p, valid, offset, offset && q_offset->size(0) == 1);
-  p.requests = requests.list.data();
   if (p.B > 0 && p.Hq > 0 && p.Lq > 0) {
-    if (decode)
-      bsa::run_decode(p, level());
+    if (p.decode())
+      bsa::run_decode(p, bsa::level());
     else
-      bsa::run_prefill(p, level());
+      bsa::run_prefill(p, bsa::level());
   }
   return {out, lse, counts, skips, dropped};
 }

@@ -87,6 +87,7 @@ struct Problem {
   bool any_rule = false;
   const float* sinks = nullptr;
   const Request* requests = nullptr;
+  BSA_PLAIN bool decode() const { return Lq <= kDecodeMaxQueries && Lk > Lq; }
 
   void* out = nullptr;        // [B, Lq, Hq, Dv]
   float* lse = nullptr;       // [B, Hq, Lq]
