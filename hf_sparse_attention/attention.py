@@ -116,6 +116,8 @@ def _run(
 ) -> Output:
     # Vision towers and the like have no layer numbers; a number that no layer has keeps them apart.
     layer = -call.q.shape[1] if settings.layer is None else settings.layer
+    if settings.heads != call.q.shape[1]:
+        call = replace(call, first_head=settings.first_head(call.q.shape[1]))
     observer = getattr(module, "_sparse_attention_observer", None)
     if observer is not None:
         observer.observe(layer, call)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse_attention import sharding
 from hf_sparse_attention.config import MethodName, SparseAttentionConfig
 from hf_sparse_attention.methods import METHODS
 
@@ -41,11 +42,15 @@ class LayerSettings:
         dense_reason: why this layer stays dense (`targets`, `ignore`), or None.
         switched: the same under the other method, for a user who switches by name
             (`model.set_attn_implementation`) and back; made when it first runs.
+        heads: query heads of the layer on all ranks together; None if its config does not say.
+        shares: along which meshes the module's parameters are cut (`sharding.shares_of`).
     """
 
     config: SparseAttentionConfig
     layer: int | None
     dense_reason: str | None = None
+    heads: int | None = None
+    shares: tuple[sharding.Share, ...] = ()
     switched: dict[str, LayerSettings] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -72,7 +77,29 @@ class LayerSettings:
             reason = "the layer is on the config's ignore list"
         elif layer is None and config.method == "bsfa":
             reason = "the module has no layer index, by which thresholds are found"
-        return cls(config, None if layer is None else int(layer), reason)
+        return cls(
+            config,
+            None if layer is None else int(layer),
+            reason,
+            heads=sharding.heads_in_all(module),
+            shares=sharding.shares_of(module),
+        )
+
+    def first_head(self, heads: int) -> int:
+        """The layer's number of the first of the `heads` query heads that this process computes.
+
+        Raises:
+            ValueError: thresholds differ by head, and which heads are here cannot be told.
+        """
+        first = sharding.first_head(self.shares, heads, self.heads)
+        if first is None and self.config.tables is not None and sharding.is_distributed():
+            raise ValueError(
+                f"layer {self.layer}: expected all {self.heads} heads, or a share of them under a "
+                f"tensor-parallel plan, got {heads} heads and projections cut as {self.shares} "
+                "(rank, ranks); if the model was parallelised after set_sparse_attention, call "
+                "that again"
+            )
+        return first or 0
 
 
 def _is_ignored(ignore: list[str], name: str | None, layer: int | None) -> bool:

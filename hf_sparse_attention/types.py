@@ -155,6 +155,9 @@ class AttentionCall:
         mask: an arbitrary mask `[B|1, Hq|1, Lq, Lk]`, bool (True is visible) or additive float, on
             top of all the above. Only the dense backend takes it.
         dropout: probability of dropping an attention weight. Only the dense backend takes it.
+        first_head: the layer's own number of query head 0: under tensor parallelism a rank holds
+            the heads `first_head` to `first_head + Hq - 1`, and per-head thresholds are numbered by
+            the whole layer's.
     """
 
     q: Tensor
@@ -169,6 +172,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     mask: Tensor | None = None
     dropout: float = 0.0
+    first_head: int = 0
 
     @property
     def group(self) -> int:

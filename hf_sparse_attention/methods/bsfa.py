@@ -55,15 +55,15 @@ class Bsfa(Method):
         table = prepared.get(f"{call.phase}.threshold")
         if table is None:
             return SkipRule(max_dropped_mass=budget, keep_sink=config.keep_sink)
-        heads = call.q.shape[1]
-        if not 0 <= layer < table.shape[0] or heads > table.shape[1]:
+        heads = slice(call.first_head, call.first_head + call.q.shape[1])
+        if not 0 <= layer < table.shape[0] or heads.stop > table.shape[1]:
             raise ValueError(
-                f"thresholds: expected layer {layer} with {heads} heads to be calibrated, got "
+                f"thresholds: expected layer {layer} with {heads.stop} heads to be calibrated, got "
                 f"{table.shape[0]} layers with {table.shape[1]} heads; they are another model's"
             )
         blocks = row_positions(call, config.geometry) // config.geometry.block_q
         blocks = blocks.clamp(max=table.shape[2] - 1)  # [B|1, NQ]
-        threshold = table[layer, :heads][:, blocks].transpose(0, 1)
+        threshold = table[layer, heads][:, blocks].transpose(0, 1)
         return SkipRule(
             block_threshold=threshold, max_dropped_mass=budget, keep_sink=config.keep_sink
         )
