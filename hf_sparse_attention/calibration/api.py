@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
+from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.calibration.fitting import fit_blasst
 from hf_sparse_attention.calibration.observation import GapHistograms, TopBlocks, block_rows
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
@@ -27,7 +28,7 @@ DEFAULT_TARGETS = (0.5, 0.3, 0.4, 0.6, 0.7)
 
 def calibrate(
     model: nn.Module,
-    data: Any,
+    data: Any = None,
     *,
     method: MethodName = "bsfa",
     levels: Sequence[int] = DEFAULT_LEVELS,
@@ -35,6 +36,8 @@ def calibrate(
     lengths: Sequence[int] | None = None,
     geometry: BlockGeometry | str | None = None,
     keep_sink: bool = True,
+    tokenizer: Any = None,
+    samples: int | None = None,
     progress: bool = True,
 ) -> SparseAttentionConfig:
     """Fits `method` to `model` on `data`; the model itself is left as it was.
@@ -45,18 +48,21 @@ def calibrate(
 
     Args:
         model: a transformers model with causal attention.
-        data: an iterable of samples, each a list or tensor of token ids, or what a tokenizer
-            returns.
+        data: None for the bundled texts, a path, a dataset, texts or token ids: see
+            `data.token_samples`.
         method: "bsfa" gives thresholds for each of `levels`, "blasst" a scale factor.
         levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
             row; with it, that many besides block 0, which neither competes nor is skipped.
         target_sparsity: BLASST's. One value: `lambda = a / L`. Several: `a * exp(b * s) / L` fitted
             over all, and the first is what runs until another target is set. None: 0.5, fitted over
             0.3-0.7.
-        lengths: cut every sample to each of these lengths; None: samples as they are.
+        lengths: cut every sample to each of these lengths; None: samples as they are, and the
+            bundled texts at 2048, 4096 and 8192 tokens.
         geometry: the blocks to calibrate for, or their name; None is 64x64, sink and diagonal
             first. They are the blocks that the thresholds run on.
         keep_sink: never skip block 0 under BSFA.
+        tokenizer: for text; None loads the one that lies beside the model.
+        samples: at most so many of each length.
         progress: show a progress bar.
 
     Returns:
@@ -72,12 +78,14 @@ def calibrate(
     if not levels or levels[0] < 1:
         raise ValueError(f"levels: expected positive integers, got {levels}")
     targets = _targets(target_sparsity)
-    samples = _cut(token_rows(data), lengths)
+    if tokenizer is None:
+        tokenizer = getattr(model, "name_or_path", None) or None
+    rows = token_samples(data, tokenizer, lengths, samples)
     observer = _Observer(
         geometry,
         GapHistograms(geometry) if method == "blasst" else TopBlocks(geometry, levels, keep_sink),
     )
-    tokens = _observe(model, samples, observer, method, progress)
+    tokens = _observe(model, rows, observer, method, progress)
     provenance: dict[str, Any] = {
         "calibrated_by": f"hf-sparse-attention {__version__}",
         "samples": len(tokens),
@@ -203,49 +211,3 @@ def _targets(target_sparsity: float | Sequence[float] | None) -> list[float]:
     if not targets or not all(0.0 < s < 1.0 for s in targets):
         raise ValueError(f"target_sparsity: expected values in (0, 1), got {targets}")
     return targets
-
-
-def _cut(samples: Iterable[Tensor], lengths: Sequence[int] | None) -> Iterator[Tensor]:
-    if lengths is None:
-        yield from samples
-        return
-    used = False
-    for ids in samples:
-        for length in lengths:
-            if length <= len(ids):
-                used = True
-                yield ids[:length]
-    if not used:
-        raise ValueError(f"lengths: expected samples of at least {min(lengths)} tokens, got none")
-
-
-def token_rows(data: Any) -> Iterator[Tensor]:
-    """The samples in `data` as int64 `[n]`, without padding.
-
-    Args:
-        data: lists or tensors `[n]` or `[B, n]` of token ids; what a tokenizer returns (a mapping
-            with `input_ids` and perhaps `attention_mask`); or an iterable of those.
-
-    Raises:
-        TypeError: for text, which wants a tokenizer first, and anything else.
-    """
-    if isinstance(data, (str, bytes)):
-        raise TypeError(f"data: expected token ids, got {type(data).__name__}; tokenize it first")
-    if isinstance(data, Mapping):
-        masks = data.get("attention_mask")
-        rows = list(token_rows(data["input_ids"]))
-        if masks is None:
-            yield from rows
-            return
-        for ids, mask in zip(rows, token_rows(masks), strict=True):
-            yield ids[mask.bool()]
-    elif isinstance(data, Tensor):
-        for row in data.reshape(-1, data.shape[-1]):
-            yield row.to(torch.int64)
-    elif isinstance(data, Sequence) and data and all(isinstance(x, int) for x in data):
-        yield torch.tensor(data, dtype=torch.int64)
-    elif isinstance(data, Iterable):
-        for item in data:
-            yield from token_rows(item)
-    else:
-        raise TypeError(f"data: expected an iterable of token ids, got {type(data).__name__}")
