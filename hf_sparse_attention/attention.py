@@ -119,8 +119,7 @@ def _run(
     if settings.heads != call.q.shape[1]:
         call = replace(call, first_head=settings.first_head(call.q.shape[1]))
     observer = getattr(module, "_sparse_attention_observer", None)
-    if observer is not None:
-        observer.observe(layer, call)
+    observed = None if observer is None else observer.observe(layer, call)
     stats = getattr(module, "_sparse_attention_stats", None)
     reason = "calibration" if observer is not None else _dense_reason(call, settings, weights)
     if reason is not None:
@@ -128,6 +127,8 @@ def _run(
             stats.record_dense(layer, call, reason)
         if weights:
             return _with_weights(call)
+        if observed is not None:
+            return observed, None
         return attend(call, SkipRule.never(), BlockGeometry(), "dense").out, None
     rule = METHODS[settings.config.method].rule(settings.config, layer, call)
     result = attend(

@@ -1,4 +1,4 @@
-"""Calibration against brute force in float64, the backend that runs, and unseen inputs."""
+"""The fit, and calibration of whole models against the backend that runs and unseen inputs."""
 
 import math
 from dataclasses import replace
@@ -9,178 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention import calibrate, collect_stats, set_sparse_attention
-from hf_sparse_attention.backends import reference
-from hf_sparse_attention.calibration import observation
+from hf_sparse_attention.calibration import tallies
 from hf_sparse_attention.calibration.api import OBSERVER
-from hf_sparse_attention.calibration.fitting import Curve, fit_blasst
-from hf_sparse_attention.calibration.observation import GapHistograms, TopBlocks, block_rows
+from hf_sparse_attention.calibration.fitting import fit_blasst
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
-from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
-
-GEOMETRY = BlockGeometry(16, 8, split_k=32)
-VARIANTS = {
-    "full": {},
-    "window": {"window": 40},
-    "softcap": {"softcap": 4.0},
-}
-variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-
-
-def structured(length, heads=4, kv_heads=2, dim=16, **settings):
-    """A causal call with a sink, locality and a few topics, so that blocks differ in weight."""
-    topic = torch.randn(length // 12 + 1, dim).repeat_interleave(12, 0)[:length]
-    k = topic + 0.5 * torch.randn(1, kv_heads, length, dim)
-    k[:, :, 0] += 1.0
-    q = 2.0 * topic + torch.randn(1, heads, length, dim)
-    return AttentionCall(q, k, torch.randn_like(k), scale=dim**-0.5, **settings)
-
-
-def block_maxima(call, rows, geometry):
-    """Largest visible score in each key block, `[Hq, len(rows), NK]` float64, by plain loops."""
-    q, k = call.q[0].double(), call.k[0].double().repeat_interleave(call.group, 0)
-    maxima = torch.full((len(q), len(rows), -(-k.shape[1] // geometry.block_k)), -math.inf)
-    maxima = maxima.double()
-    for h in range(len(q)):
-        for i, row in enumerate(rows):
-            for column in range(row + 1):
-                if call.window is not None and column <= row - call.window:
-                    continue
-                score = call.scale * (q[h, row] @ k[h, column])
-                if call.softcap is not None:
-                    score = call.softcap * torch.tanh(score / call.softcap)
-                j = column // geometry.block_k
-                maxima[h, i, j] = max(maxima[h, i, j], score)
-    return maxima
-
-
-def brute_force_threshold(maxima, rows, k, geometry, keep_sink):
-    """The midpoint of the k-th and (k+1)-th largest block of one voter, `[rows, NK]` maxima."""
-    diagonal = {row // geometry.block_k for row in rows}
-    values = [
-        column.max().item()
-        for j, column in enumerate(maxima.T)
-        if j not in diagonal and not (keep_sink and j == 0) and column.max() > -math.inf
-    ]
-    values.sort(reverse=True)
-    return (values[k - 1] + values[k]) / 2 if len(values) > k else -math.inf
-
-
-def observed(calls, accumulator):
-    for call in calls:
-        for row in block_rows(call, accumulator.geometry):
-            voters = call.q.shape[1] if row.phase == "prefill" else call.k.shape[1]
-            accumulator.add(0, voters, row)
-    return accumulator
-
-
-@variants
-@pytest.mark.parametrize("keep_sink", [True, False], ids=["sink-kept", "sink-competes"])
-def test_thresholds_against_brute_force(settings, keep_sink):
-    calls = [structured(70, **settings), structured(48, **settings)]
-    levels = [1, 3]
-    top = observed(calls, TopBlocks(GEOMETRY, levels, keep_sink))
-    prefill, decode = top.table("prefill", 4), top.table("decode", 4)
-    assert prefill.shape == decode.shape == (2, 1, 4, 4)  # 70 and 48 hold 4 and 3 whole block rows
-    for i in range(4):
-        reaching = [call for call in calls if call.q.shape[2] >= 16 * (i + 1)]
-        rows = list(range(16 * i, 16 * i + 16))
-        maxima = [block_maxima(call, rows, GEOMETRY) for call in reaching]
-        for n, k in enumerate(levels):
-            for h in range(4):
-                each = [brute_force_threshold(m[h], rows, k, GEOMETRY, keep_sink) for m in maxima]
-                expected = sum(each) / len(maxima)
-                assert prefill[n, 0, h, i].item() == pytest.approx(expected, abs=1e-5)
-                group = slice(h // 2 * 2, h // 2 * 2 + 2)  # its heads vote together
-                expected = sum(
-                    brute_force_threshold(m[group, -1], rows[-1:], k, GEOMETRY, keep_sink)
-                    for m in maxima
-                ) / len(maxima)
-                assert decode[n, 0, h, i].item() == pytest.approx(expected, abs=1e-5)
-    assert prefill.isinf().any(), "early rows have too few blocks"
-    assert prefill.isfinite().any()
-
-
-def test_thresholds_keep_exactly_k_of_the_blocks_that_compete():
-    """One sample, run under its own thresholds: nothing to average, so k is exact."""
-    call = structured(128)
-    for keep_sink in (True, False):
-        top = observed([call], TopBlocks(GEOMETRY, [3], keep_sink))
-        rule = SkipRule.bsfa(top.table("prefill", 4)[0, 0][None], keep_sink=keep_sink)
-        counts = reference.run(call, rule, GEOMETRY).counts[0]
-        # Block row i sees 2 diagonal blocks and 2 i others, of which the sink may be set apart.
-        always = 2 + keep_sink
-        kept = sum(min(2 * i + 2, always + 3) for i in range(8))
-        assert (counts[:, 0] - counts[:, 1]).tolist() == [kept] * 4
-
-
-def measured_sparsity(call, scale_factor, geometry, phase):
-    """What the reference skips in float64: in prefill, or in decode at each block row's end."""
-    lengths = [call.q.shape[2]] if phase == "prefill" else range(16, call.q.shape[2] + 1, 16)
-    total = torch.zeros(2)
-    for length in lengths:
-        q, k, v = (x[:, :, :length].double() for x in (call.q, call.k, call.v))
-        if phase == "decode":
-            q = q[:, :, -1:]
-        one = replace(call, q=q, k=k, v=v)
-        reach = min(length, call.window or length)
-        rule = SkipRule.blasst(min(scale_factor / reach, 1.0))
-        total += reference.run(one, rule, geometry).counts.sum((0, 1))
-    return (total[1] / total[0]).item()
-
-
-@variants
-@pytest.mark.parametrize("order", ["sink_diagonal", "ascending", "descending"])
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_gaps_tell_what_every_lambda_skips(settings, order, phase):
-    geometry = replace(GEOMETRY, order=order, block_q=16 if phase == "decode" else 4)
-    call = structured(160, **settings)
-    gaps = observed([call], GapHistograms(geometry))
-    counts = sum(gaps.total(phase, n) for n in gaps.lengths(phase))
-    curve = Curve(counts)
-    seen = []
-    for log_factor in (-8.0, -3.0, 0.0, 2.5, 4.0, 30.0):  # edges of bins: no interpolation
-        factor = math.exp(log_factor)
-        expected = measured_sparsity(call, factor, geometry, phase)
-        assert curve.sparsity(factor) == pytest.approx(expected, abs=2e-3)
-        seen.append(expected)
-    assert len(set(seen)) >= 4, "lambda must matter, or nothing was tested"
-    assert curve.sparsity(math.exp(30.0)) == pytest.approx(curve.largest)
-    assert curve.sparsity(0.0) == 0.0
-
-
-def test_a_curve_is_inverted():
-    gaps = observed([structured(200)], GapHistograms(BlockGeometry(4, 8)))
-    curve = Curve(gaps.total("prefill", 200))
-    for target in (0.1, 0.35, 0.6):
-        assert target < curve.largest
-        factor = math.exp(curve.log_scale_factor(target))
-        assert curve.sparsity(factor) == pytest.approx(target, abs=1e-6)
-
-
-def test_head_by_head_is_the_same(monkeypatch):
-    """Long requests are taken a key/value head at a time."""
-    call = structured(100)
-
-    def both():
-        top = observed([call], TopBlocks(GEOMETRY, [2], True))
-        gaps = observed([call], GapHistograms(GEOMETRY))
-        return top.table("prefill", 4), top.table("decode", 4), gaps.total("decode", 64)
-
-    together = both()
-    monkeypatch.setattr(observation, "_SCORES_AT_A_TIME", 1)
-    assert len([row for row in block_rows(call, GEOMETRY) if row.phase == "decode"]) == 2 * 7
-    torch.testing.assert_close(both(), together)
-
-
-def test_modules_without_a_layer_number_have_no_thresholds():
-    top = TopBlocks(GEOMETRY, [2], True)
-    call = structured(100)
-    for layer in (-4, 0):
-        for row in block_rows(call if layer == 0 else structured(100), GEOMETRY):
-            top.add(layer, 4 if row.phase == "prefill" else 2, row)
-    alone = observed([call], TopBlocks(GEOMETRY, [2], True))
-    torch.testing.assert_close(top.table("prefill", 4), alone.table("prefill", 4))
-
+from hf_sparse_attention.types import BlockGeometry
 
 # The fit
 
@@ -194,17 +27,17 @@ class Made:
     def lengths(self, phase):
         return list(self.n)
 
-    def total(self, phase, length):
-        edges = observation.U_MIN + torch.arange(observation.U_BINS + 1) / observation.BINS_PER_NAT
+    def total(self, geometry, phase, length):
+        edges = tallies.U_MIN + torch.arange(tallies.U_BINS + 1) / tallies.BINS_PER_NAT
         below = ((edges - math.log(self.a)) / self.b).clamp(0, 0.9)
-        counts = torch.zeros(observation.U_BINS + 1, dtype=torch.int64)
+        counts = torch.zeros(tallies.U_BINS + 1, dtype=torch.int64)
         counts[:-1] = (below.diff() * 1e9).round().long()
         counts[-1] = 10**9 - counts.sum()
         return counts
 
 
 def test_the_fit_recovers_its_own_formula():
-    factors, report = fit_blasst(Made(a=2.0, b=6.0), [0.3, 0.5, 0.7])
+    factors, report = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.3, 0.5, 0.7])
     for phase in ("prefill", "decode"):
         assert factors[phase] == pytest.approx({"a": 2.0, "b": 6.0}, rel=2e-2)
         assert report[phase]["r2"] > 0.999
@@ -218,13 +51,13 @@ def test_decode_is_fitted_where_requests_of_these_lengths_decode():
         def lengths(self, phase):
             return [1000, 2000] if phase == "prefill" else [64, 499, 500, 1000, 2000]
 
-    _, report = fit_blasst(WithShortPositions(a=2.0, b=6.0), [0.5])
+    _, report = fit_blasst(WithShortPositions(a=2.0, b=6.0), "64x64", [0.5])
     assert report["decode"]["lengths"] == [500, 1000, 2000]
     assert report["prefill"]["lengths"] == [1000, 2000]
 
 
 def test_one_target_gives_version_one():
-    factors, report = fit_blasst(Made(a=2.0, b=6.0), [0.5])
+    factors, report = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.5])
     assert factors["decode"]["b"] == 0.0
     assert factors["decode"]["a"] == pytest.approx(2.0 * math.exp(3.0), rel=1e-2)
     assert report["decode"]["r2"] is None
@@ -232,7 +65,7 @@ def test_one_target_gives_version_one():
 
 def test_a_target_out_of_reach_is_refused():
     with pytest.raises(ValueError, match=r"expected less than 0\.90 in prefill.*got \[0.95\]"):
-        fit_blasst(Made(a=2.0, b=6.0), [0.95])
+        fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.95])
 
 
 # Whole models

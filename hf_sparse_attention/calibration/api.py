@@ -14,12 +14,12 @@ from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
 from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.calibration.fitting import fit_blasst
-from hf_sparse_attention.calibration.observation import GapHistograms, TopBlocks, block_rows
+from hf_sparse_attention.calibration.observation import Observations
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
 from hf_sparse_attention.settings import LayerSettings
 from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
-from hf_sparse_attention.types import PHASES, AttentionCall, BlockGeometry
+from hf_sparse_attention.types import PHASES, BlockGeometry
 
 OBSERVER = "_sparse_attention_observer"
 DEFAULT_LEVELS = (8, 16, 32, 64)
@@ -81,18 +81,15 @@ def calibrate(
     if tokenizer is None:
         tokenizer = getattr(model, "name_or_path", None) or None
     rows = token_samples(data, tokenizer, lengths, samples)
-    observer = _Observer(
-        geometry,
-        GapHistograms(geometry) if method == "blasst" else TopBlocks(geometry, levels, keep_sink),
-    )
+    observer = Observations([geometry], levels, keep_sink)
     tokens = _observe(model, rows, observer, method, progress)
     provenance: dict[str, Any] = {
         "calibrated_by": f"hf-sparse-attention {__version__}",
         "samples": len(tokens),
         "lengths": sorted(set(tokens)),
     }
-    if isinstance(observer.rows, GapHistograms):
-        factors, fit = fit_blasst(observer.rows, targets)
+    if method == "blasst":
+        factors, fit = fit_blasst(observer, geometry.name, targets)
         return SparseAttentionConfig(
             method="blasst",
             threshold_scale_factor=factors,
@@ -101,36 +98,16 @@ def calibrate(
             provenance={**provenance, "fit": fit},
         )
     tables = _thresholds(observer, ModelFingerprint.of(model.config))
-    provenance["predicted_sparsity"] = {p: observer.rows.predicted_sparsity(p) for p in PHASES}
+    provenance["predicted_sparsity"] = {
+        p: observer.predicted_sparsity(geometry.name, p) for p in PHASES
+    }
     return SparseAttentionConfig(
         method="bsfa", tables=tables, geometry=geometry, keep_sink=keep_sink, provenance=provenance
     )
 
 
-class _Observer:
-    """What the attention function hands its calls to while calibrating."""
-
-    def __init__(self, geometry: BlockGeometry, rows: GapHistograms | TopBlocks) -> None:
-        self.geometry = geometry
-        self.rows = rows
-        self.heads: dict[int, int] = {}  # query heads, by layer
-
-    @torch.no_grad()
-    def observe(self, layer: int, call: AttentionCall) -> None:
-        """Takes in one attention; those of other shape than a causal prefill teach nothing."""
-        q_len, kv_len = call.q.shape[2], call.k.shape[2]
-        if not call.causal or call.mask is not None or q_len != kv_len:
-            return
-        if call.key_valid is not None and not bool(call.key_valid.all()):
-            raise ValueError("calibrate: expected samples without padding, got padded ones")
-        self.heads[layer] = call.q.shape[1]
-        for row in block_rows(call, self.geometry):
-            voters = call.q.shape[1] if row.phase == "prefill" else call.k.shape[1]
-            self.rows.add(layer, voters, row)
-
-
 def _observe(
-    model: nn.Module, samples: Iterable[Tensor], observer: _Observer, method: str, progress: bool
+    model: nn.Module, samples: Iterable[Tensor], observer: Observations, method: str, progress: bool
 ) -> list[int]:
     """Runs the model over `samples` and returns their lengths."""
     device = next(model.parameters()).device
@@ -152,7 +129,7 @@ def _observe(
 
 
 @contextmanager
-def _attached(model: Any, observer: _Observer) -> Iterator[None]:
+def _attached(model: Any, observer: Observations) -> Iterator[None]:
     """`model` in eval mode, its attention ours and observed; all as it was afterwards."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
@@ -182,22 +159,19 @@ def _attached(model: Any, observer: _Observer) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _thresholds(observer: _Observer, fingerprint: ModelFingerprint) -> Thresholds:
-    rows = observer.rows
-    assert isinstance(rows, TopBlocks)
-    heads = max(observer.heads.values())
-    prefill = rows.table("prefill", heads)
+def _thresholds(observer: Observations, fingerprint: ModelFingerprint) -> Thresholds:
+    (geometry,) = observer.geometries.values()
+    prefill = observer.tops(geometry.name, "prefill")
     if prefill is None:
         raise ValueError(
-            f"calibrate: expected samples of at least {rows.geometry.block_q} tokens, got "
-            "shorter ones"
+            f"calibrate: expected samples of at least {geometry.block_q} tokens, got shorter ones"
         )
     return Thresholds(
         prefill=prefill,
-        decode=rows.table("decode", heads),
-        levels=rows.levels,
-        geometry=rows.geometry,
-        keep_sink=rows.keep_sink,
+        decode=observer.tops(geometry.name, "decode"),
+        levels=observer.levels,
+        geometry=geometry,
+        keep_sink=observer.keep_sink,
         fingerprint=fingerprint,
     )
 

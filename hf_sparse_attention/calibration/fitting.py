@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.calibration.observation import BINS_PER_NAT, U_BINS, U_MIN, GapHistograms
+from hf_sparse_attention.calibration.observation import Observations
+from hf_sparse_attention.calibration.tallies import BINS_PER_NAT, U_BINS, U_MIN
 from hf_sparse_attention.types import PHASES, Phase
 
 
@@ -49,7 +50,7 @@ class Curve:
 
 
 def fit_blasst(
-    gaps: GapHistograms, targets: Sequence[float]
+    observations: Observations, geometry: str, targets: Sequence[float]
 ) -> tuple[dict[Phase, dict[str, float]], dict[str, Any]]:
     """`a` and `b` of `a * exp(b * target_sparsity)` by phase, and how well they fit.
 
@@ -61,12 +62,12 @@ def fit_blasst(
     """
     factors: dict[Phase, dict[str, float]] = {}
     report: dict[str, Any] = {}
-    shortest = gaps.lengths("prefill")[0]
+    shortest = observations.lengths("prefill")[0]
     for phase in PHASES:
         # Every sample also holds short decode positions. Nobody decodes there who runs requests of
         # these lengths, and with their few blocks they would pull the fit away.
-        lengths = [n for n in gaps.lengths(phase) if n >= shortest / 2]
-        curves = {n: Curve(gaps.total(phase, n)) for n in lengths}
+        lengths = [n for n in observations.lengths(phase) if n >= shortest / 2]
+        curves = {n: Curve(observations.total(geometry, phase, n)) for n in lengths}
         points = [
             (n, s, curve.log_scale_factor(s))
             for n, curve in curves.items()

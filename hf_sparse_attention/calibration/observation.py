@@ -1,247 +1,282 @@
-"""What calibration learns from one attention: block maxima and gaps, block row by block row.
+"""What dense passes over text told, added up: all that thresholds are fitted from.
 
-lambda < 1 leaves every running max where dense attention has it (DESIGN: a skipped block never
-raises it), so the gap `max_i (m_new_i - m_i)` of each block, seen once, tells for every lambda
-whether the block would be skipped. BSFA needs less: the largest score of each block.
+The attention function hands its calls to `Observations.observe` while a model calibrates. One dense
+pass tells it, for every geometry and both phases, how many blocks each lambda would skip, what that
+would drop, what the budget rule would skip, and BSFA's thresholds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from hf_sparse_attention.backends.reference import visit_order
-from hf_sparse_attention.types import AttentionCall, BlockGeometry, Phase
+from hf_sparse_attention.calibration import observation_reference, tallies
+from hf_sparse_attention.calibration.observation_reference import Observed
+from hf_sparse_attention.calibration.top_blocks import TopBlocks, blocks_by_level
+from hf_sparse_attention.types import ORDERS, PHASES, AttentionCall, BlockGeometry, Phase
 
-_SCORES_AT_A_TIME = 2**24  # float32 scores held at once: 64 MiB
+#: Every geometry that a backend runs: a model calibrated on a laptop must run on a GPU server.
+DEFAULT_GEOMETRIES: tuple[BlockGeometry, ...] = tuple(
+    BlockGeometry.from_name(name) for name in ("64x128", "64x64", "64x1")
+)
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """One block row of one attention, for a run of key/value heads.
+class Observations:
+    """Sums over samples, by geometry, phase, layer and length; equal whatever their order.
+
+    Prefill counts every block row of a sample. Decode counts each block row's last query as if it
+    were the newest position of its request. Voters are query heads in prefill and, as a group's
+    heads vote together, key/value heads in decode. Lengths are those of the request, or of the
+    window if that is shorter; in decode grouped by half octaves. Modules without a layer number
+    (vision towers) have negative ones: they count, but get no thresholds of BSFA.
 
     Args:
-        phase: `prefill`, or `decode` for a single position as if it were the newest.
-        heads: the voters here: query heads in prefill, key/value heads in decode.
-        position: of the first query; kv_len: L of the request that it is part of.
-        row_max: `[voters, rows, NK]`, largest score of each row in each block, -inf if it sees
-            none.
-        seen: the blocks that hold a visible key; diagonal: those that the causal diagonal crosses.
-        full: whether the block row has all its `block_q` queries.
+        geometries: how to cut the scores; their names must differ.
+        levels: BSFA's k, see `kept_blocks`; may be empty.
+        keep_sink: BSFA never skips block 0, which then does not compete either.
     """
 
-    phase: Phase
-    heads: slice
-    position: int
-    kv_len: int
-    row_max: Tensor
-    seen: list[int]
-    diagonal: range
-    full: bool
+    def __init__(
+        self,
+        geometries: Sequence[BlockGeometry] = DEFAULT_GEOMETRIES,
+        levels: Sequence[int] = (),
+        keep_sink: bool = True,
+    ) -> None:
+        names = [geometry.name for geometry in geometries]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"geometries: expected different ones, got {names}")
+        if any(level < 1 for level in levels):
+            raise ValueError(f"levels: expected positive integers, got {list(levels)}")
+        self.geometries = {geometry.name: geometry for geometry in geometries}
+        self.levels = sorted(set(levels))
+        self.keep_sink = keep_sink
+        #: Query heads, by layer.
+        self.heads: dict[int, int] = {}
+        self._tallies: dict[tuple[str, Phase, int, int], Tensor] = {}
+        self._tops: dict[tuple[str, Phase, int], TopBlocks] = {}
+        #: Blocks visited, and for each level those that it skips.
+        self._by_level: dict[tuple[str, Phase], Tensor] = {}
 
-    def gaps(self, geometry: BlockGeometry) -> Tensor:
-        """`max_i (m_new_i - m_i)` of each visited block, `[voters, visited]`, in visiting order.
+    # What is taken in
 
-        inf where the block is never skipped; section 2 of the BLASST paper, with our orders.
+    @torch.no_grad()
+    def observe(self, layer: int, call: AttentionCall) -> Tensor | None:
+        """Takes in one attention and returns its output `[B, L, Hq, Dv]`, computed on the way.
+
+        None if it teaches nothing: if it is not a causal prefill.
+
+        Raises:
+            ValueError: the call has padding.
         """
-        seed, splits = visit_order(self.seen, geometry, self.diagonal, self.phase == "decode")
-        nothing = self.row_max.new_full((*self.row_max.shape[:2], 1), -math.inf)
-        start = torch.cat([nothing, self.row_max[..., seed]], dim=-1).amax(-1, keepdim=True)
-        gaps = [self.row_max.new_full((len(self.row_max), len(seed)), math.inf)]
-        for split in splits:
-            m_new = self.row_max[..., split]
-            m = torch.cat([start, m_new], dim=-1).cummax(dim=-1).values[..., :-1]
-            # A row that sees nothing of a block does not mind its being skipped: -inf - -inf.
-            gaps.append((m_new - m).masked_fill(m_new == -math.inf, -math.inf).amax(dim=1))
-        return torch.cat(gaps, dim=1)
+        q_len, kv_len = call.q.shape[2], call.k.shape[2]
+        if not call.causal or call.mask is not None or q_len != kv_len or not q_len:
+            return None
+        if call.q_offset is not None and bool((call.q_offset != 0).any()):
+            return None
+        if call.key_valid is not None and not bool(call.key_valid.all()):
+            raise ValueError("calibrate: expected samples without padding, got padded ones")
+        outs = []
+        for b in range(len(call.q)):
+            q, k, v = (x[b : b + 1] for x in (call.q, call.k, call.v))
+            told = self._look(replace(call, q=q, k=k, v=v, key_valid=None, q_offset=None))
+            self._add(layer, call, told)
+            outs.append(told.out)
+        return torch.cat(outs)
 
+    def _look(self, call: AttentionCall) -> Observed:
+        geometries = list(self.geometries.values())
+        return observation_reference.observe(call, geometries, self.levels, self.keep_sink)
 
-def block_rows(call: AttentionCall, geometry: BlockGeometry) -> Iterator[BlockRow]:
-    """The block rows of an unpadded causal prefill, and each one's last query as a decode step.
-
-    Args:
-        call: one request, `[1, Hq, L, D]` against as many keys.
-        geometry: how to cut it.
-    """
-    length = call.q.shape[2]
-    kv_heads, group = call.k.shape[1], call.group
-    block_q, block_k = geometry.block_q, geometry.block_k
-    padding = -length % block_k
-    keys = pad(call.k[0].float(), (0, 0, 0, padding)).transpose(1, 2)  # [Hkv, D, K]
-    queries = call.q[0].float().reshape(kv_heads, group, length, -1) * call.scale
-    step = max(1, _SCORES_AT_A_TIME // (group * block_q * (length + padding)))
-    for start in range(0, length, block_q):
-        stop = min(start + block_q, length)
-        first = 0 if call.window is None else max(0, start - call.window + 1) // block_k
-        for h in range(0, kv_heads, step):
-            some = slice(h, min(h + step, kv_heads))
-            row_max = _row_max(call, queries[some, :, start:stop], keys[some], start, block_k)
-            yield BlockRow(
-                "prefill",
-                slice(some.start * group, some.stop * group),
-                start,
-                min(length, call.window or length),
-                row_max.flatten(0, 1),
-                list(range(first, row_max.shape[-1])),
-                range(start // block_k, (stop - 1) // block_k + 1),
-                stop - start == block_q,
+    def _add(self, layer: int, call: AttentionCall, told: Observed) -> None:
+        self.heads[layer] = call.q.shape[1]
+        for (name, phase, length), counts in told.tallies.items():
+            key = (name, phase, layer, length)
+            counts = counts.cpu()
+            self._tallies[key] = self._tallies[key] + counts if key in self._tallies else counts
+        if layer < 0 or not self.levels:
+            return
+        for (name, phase), tops in told.tops.items():
+            self._top_blocks(name, phase, layer, tops.shape[1]).add(TopBlocks.of(tops))
+            blocks = torch.tensor(
+                blocks_by_level(
+                    self.geometries[name],
+                    tuple(self.levels),
+                    self.keep_sink,
+                    phase,
+                    call.q.shape[2],
+                    call.window,
+                )
             )
-            last = stop - 1
-            first_of_last = 0 if call.window is None else max(0, last - call.window + 1) // block_k
-            yield BlockRow(
-                "decode",
-                some,
-                last,
-                min(stop, call.window or stop),
-                row_max[:, :, -1],  # the group's heads vote together
-                list(range(first_of_last, row_max.shape[-1])),
-                range(last // block_k, last // block_k + 1),
-                stop - start == block_q,
-            )
+            before = self._by_level.get((name, phase), torch.zeros_like(blocks))
+            self._by_level[name, phase] = before + tops.shape[1] * blocks
 
+    def _top_blocks(self, name: str, phase: Phase, layer: int, voters: int) -> TopBlocks:
+        empty = TopBlocks.empty(len(self.levels), voters)
+        return self._tops.setdefault((name, phase, layer), empty)
 
-def _row_max(call: AttentionCall, q: Tensor, k: Tensor, start: int, block_k: int) -> Tensor:
-    """Scores of `q` `[h, G, R, D]` (scaled) cut down to `[h, G, R, NK]`, NK up to the diagonal."""
-    rows = q.shape[2]
-    end = -(-(start + rows) // block_k) * block_k
-    scores = (q.flatten(1, 2) @ k[:, :, :end]).view(*q.shape[:3], end)
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    position = torch.arange(start, start + rows, device=q.device)[:, None]
-    column = torch.arange(end, device=q.device)
-    hidden = column > position
-    if call.window is not None:
-        hidden |= column <= position - call.window
-    return scores.masked_fill_(hidden, -math.inf).view(*q.shape[:3], -1, block_k).amax(dim=-1)
+    # What was told
 
-
-# Histograms of u = gap + ln(L): a block is skipped under `scale_factor` if u < ln(scale_factor).
-U_MIN, U_BINS, BINS_PER_NAT = -32.0, 800, 16
-
-
-@dataclass
-class GapHistograms:
-    """BLASST's observations: how many blocks have which gap, by phase, layer and length.
-
-    A block with gap g in a request of L keys is skipped by `scale_factor` if `g + ln L` is below
-    its logarithm, so lengths are comparable. Memory does not grow with lengths or samples.
-    """
-
-    geometry: BlockGeometry
-    #: `[Hq | Hkv, U_BINS + 1]` int64, the last bin for blocks that no lambda < 1 skips.
-    counts: dict[tuple[Phase, int, int], Tensor] = field(default_factory=dict)
-
-    def add(self, layer: int, heads: int, row: BlockRow) -> None:
-        """Adds a block row of a layer that has `heads` voters."""
-        gaps = row.gaps(self.geometry)
-        u = (gaps + math.log(row.kv_len) - U_MIN) * BINS_PER_NAT
-        index = u.clamp(0, U_BINS - 1).to(torch.int64).masked_fill(gaps >= 0, U_BINS)
-        # Prefill lengths are few, the calibration's own; decode's are grouped by half octaves.
-        length = row.kv_len if row.phase == "prefill" else _half_octave(row.kv_len)
-        key = (row.phase, layer, length)
-        if key not in self.counts:
-            shape = (heads, U_BINS + 1)
-            self.counts[key] = torch.zeros(shape, dtype=torch.int64, device=gaps.device)
-        self.counts[key][row.heads].scatter_add_(1, index, torch.ones_like(index))
+    @property
+    def layers(self) -> list[int]:
+        """The layers seen, ascending."""
+        return sorted(self.heads)
 
     def lengths(self, phase: Phase) -> list[int]:
         """The lengths seen in `phase`, ascending."""
-        return sorted({length for each, _, length in self.counts if each == phase})
+        return sorted({length for _, each, _, length in self._tallies if each == phase})
 
-    def total(self, phase: Phase, length: int) -> Tensor:
-        """The histogram over all layers and heads at `length`, `[U_BINS + 1]`."""
-        parts = [
-            x.sum(dim=0).cpu()
-            for (each, _, n), x in self.counts.items()
-            if each == phase and n == length
-        ]
-        return torch.stack(parts).sum(dim=0)
+    def gaps(self, geometry: str, phase: Phase, layer: int, length: int) -> Tensor:
+        """How many blocks have which gap, int64 `[voters, U_BINS + 1]`: see `tallies`.
 
-
-def _half_octave(length: int) -> int:
-    return round(2 ** (round(2 * math.log2(length)) / 2))
-
-
-@dataclass
-class TopBlocks:
-    """BSFA's observations: for several k, the midpoint of the k-th and (k+1)-th largest block max.
-
-    Summed over samples, per phase and layer: `[levels, heads, positions]` float64, and how many
-    samples reached each position. -inf where fewer than k + 1 blocks compete: nothing may be
-    skipped there.
-    """
-
-    geometry: BlockGeometry
-    levels: list[int]
-    keep_sink: bool
-    sums: dict[tuple[Phase, int], Tensor] = field(default_factory=dict)
-    samples: dict[tuple[Phase, int], Tensor] = field(default_factory=dict)
-    #: By phase: blocks visited, and for each level those beyond the k that are kept.
-    blocks: dict[Phase, list[int]] = field(default_factory=dict)
-
-    def add(self, layer: int, heads: int, row: BlockRow) -> None:
-        """Adds a block row of a layer that has `heads` voters; incomplete ones say nothing.
-
-        Nor do modules without a layer number (negative ones): thresholds are found by it.
+        A block is skipped under `scale_factor` if its `gap + ln L` is below ln(scale_factor).
         """
-        if not row.full or layer < 0:
-            return
-        always = {*row.diagonal, 0} if self.keep_sink else {*row.diagonal}
-        candidates = [j for j in row.seen if j not in always]
-        largest = row.row_max.amax(dim=1)[:, candidates].double()
-        largest = largest.topk(min(self.levels[-1] + 1, len(candidates)), dim=1).values
-        key, i = (row.phase, layer), row.position // self.geometry.block_q
-        sums, samples = self._room(key, heads, i + 1, largest.device)
-        for n, k in enumerate(self.levels):
-            if len(candidates) > k:
-                sums[n, row.heads, i] += (largest[:, k - 1] + largest[:, k]) / 2
-            else:
-                sums[n, row.heads, i] = -math.inf
-        if row.heads.start == 0:
-            samples[i] += 1
-        here = [len(row.seen), *(max(0, len(candidates) - k) for k in self.levels)]
-        voters = row.heads.stop - row.heads.start
-        before = self.blocks.get(row.phase, [0] * len(here))
-        self.blocks[row.phase] = [x + voters * n for x, n in zip(before, here, strict=True)]
+        return self._row(geometry, phase, layer, length)[:, tallies.GAPS]
 
-    def predicted_sparsity(self, phase: Phase) -> dict[str, float]:
-        """The sparsity that keeping exactly k gives on the same samples, by k (paper, 5.1)."""
-        visited, *skipped = self.blocks[phase]
+    def mass(self, geometry: str, phase: Phase, layer: int, length: int) -> Tensor:
+        """The softmax share that those blocks hold, float64 `[voters, U_BINS + 1]`.
+
+        Of each block the average over its voting rows, relative to the final lse: what skipping it
+        drops. Divided by the number of block rows it is the mass lost in the average row.
+        """
+        row = self._row(geometry, phase, layer, length)
+        return row[:, tallies.MASS].double() * tallies.MASS_UNIT
+
+    def budget(self, geometry: str, phase: Phase, layer: int, length: int) -> Tensor:
+        """Blocks visited, and skipped under each eps of `BUDGET_GRID`: int64 `[voters, 1 + eps]`.
+
+        Single keys are followed in a part of the block rows only: see `tallies.budget_weight`.
+        """
+        return self._row(geometry, phase, layer, length)[:, tallies.BUDGET]
+
+    def total(self, geometry: str, phase: Phase, length: int) -> Tensor:
+        """The gaps over all layers and heads at `length`, int64 `[U_BINS + 1]`."""
+        layers = [self.gaps(geometry, phase, layer, length).sum(dim=0) for layer in self.layers]
+        return torch.stack(layers).sum(dim=0)
+
+    def _row(self, geometry: str, phase: Phase, layer: int, length: int) -> Tensor:
+        """The tallies `[voters, WIDTH]`; zeros if the layer saw no request of that length."""
+        self._check_geometry(geometry)
+        known = [x for (_, p, n, _), x in self._tallies.items() if p == phase and n == layer]
+        if not known:
+            raise ValueError(f"layer: expected one of {self.layers} in {phase}, got {layer}")
+        return self._tallies.get((geometry, phase, layer, length), torch.zeros_like(known[0]))
+
+    def tops(self, geometry: str, phase: Phase) -> Tensor | None:
+        """BSFA's T, float32 `[levels, layers, heads, positions]`; None without a whole block row.
+
+        Layers that were not seen get -inf; shorter layers reuse their last entry.
+        """
+        self._check_geometry(geometry)
+        layers = {
+            layer: tops.thresholds()
+            for (name, each, layer), tops in self._tops.items()
+            if name == geometry and each == phase and len(tops.samples)
+        }
+        if not layers:
+            return None
+        heads = max(self.heads[layer] for layer in layers)
+        positions = max(x.shape[2] for x in layers.values())
+        table = torch.full((len(self.levels), max(layers) + 1, heads, positions), -math.inf)
+        for layer, rows in layers.items():
+            rows = rows.repeat_interleave(self.heads[layer] // rows.shape[1], dim=1)  # decode
+            table[:, layer, : rows.shape[1], : rows.shape[2]] = rows
+            table[:, layer, : rows.shape[1], rows.shape[2] :] = rows[..., -1:]
+        return table
+
+    def predicted_sparsity(self, geometry: str, phase: Phase) -> dict[str, float]:
+        """The sparsity that keeping just a level's blocks gives on the same samples, by level."""
+        visited, *skipped = self._by_level[geometry, phase].tolist()
         return {str(k): round(n / visited, 4) for k, n in zip(self.levels, skipped, strict=True)}
 
-    def _room(
-        self, key: tuple[Phase, int], heads: int, positions: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The accumulators for `key`, with room for `positions`."""
-        if key not in self.sums:
-            shape = (len(self.levels), heads, 0)
-            self.sums[key] = torch.zeros(shape, dtype=torch.float64, device=device)
-            self.samples[key] = torch.zeros(0, dtype=torch.int64, device=device)
-        missing = max(0, positions - len(self.samples[key]))
-        self.sums[key] = pad(self.sums[key], (0, missing))
-        self.samples[key] = pad(self.samples[key], (0, missing))
-        return self.sums[key], self.samples[key]
+    def _check_geometry(self, name: str) -> None:
+        if name not in self.geometries:
+            raise ValueError(f"geometry: expected one of {list(self.geometries)}, got {name!r}")
 
-    def table(self, phase: Phase, heads: int) -> Tensor | None:
-        """T, `[levels, layers, heads, positions]` float32; None if no block row was complete.
+    # Several processes, and a run that goes on
 
-        Layers that were not seen get -inf; shorter layers or positions reuse their last entry.
+    def merge(self, other: Observations) -> None:
+        """Adds what `other`, of the same geometries and levels, was told."""
+        self._merge(other.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it, flat, for safetensors; `load_state_dict` is the inverse."""
+        heads = torch.tensor(sorted(self.heads.items()), dtype=torch.int64).reshape(-1, 2)
+        state = {**self._settings(), "heads": heads}
+        for key, x in self._tallies.items():
+            state[_joined("tallies", *key)] = x
+        for (name, phase, layer), tops in self._tops.items():
+            state[_joined("tops.sums", name, phase, layer)] = tops.sums
+            state[_joined("tops.finite", name, phase, layer)] = tops.finite
+            state[_joined("tops.samples", name, phase, layer)] = tops.samples
+        for (name, phase), x in self._by_level.items():
+            state[_joined("by_level", name, phase)] = x
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes `state` in place of what was told so far.
+
+        Raises:
+            ValueError: it comes from other geometries, levels or bins.
         """
-        layers = {layer: x for (each, layer), x in self.sums.items() if each == phase}
-        positions = max((x.shape[2] for x in layers.values()), default=0)
-        if positions == 0:
-            return None
-        table = torch.full((len(self.levels), max(layers) + 1, heads, positions), -math.inf)
-        for layer, sums in layers.items():
-            mean = (sums / self.samples[phase, layer]).float().cpu()
-            mean = mean.repeat_interleave(heads // mean.shape[1], dim=1)  # decode: a group's heads
-            mean = torch.cat(
-                [mean, mean[..., -1:].expand(-1, -1, positions - mean.shape[2])], dim=2
+        fresh = Observations(list(self.geometries.values()), self.levels, self.keep_sink)
+        fresh._merge(state)
+        self.heads, self._tallies = fresh.heads, fresh._tallies
+        self._tops, self._by_level = fresh._tops, fresh._by_level
+
+    def _settings(self) -> dict[str, Tensor]:
+        """What must be equal for sums to mean the same."""
+        geometries = [
+            [g.block_q, g.block_k, ORDERS.index(g.order), g.split_k]
+            for g in self.geometries.values()
+        ]
+        bins = [tallies.U_MIN, tallies.U_BINS, tallies.BINS_PER_NAT, tallies.MASS_UNIT]
+        return {
+            "geometries": torch.tensor(geometries),
+            "levels": torch.tensor(self.levels, dtype=torch.int64),
+            "keep_sink": torch.tensor(self.keep_sink),
+            "bins": torch.tensor([*bins, *tallies.BUDGET_GRID], dtype=torch.float64),
+        }
+
+    def _merge(self, state: Mapping[str, Tensor]) -> None:
+        for name, ours in self._settings().items():
+            theirs = state.get(name)
+            if theirs is None or not torch.equal(theirs, ours):
+                got = "none" if theirs is None else theirs.tolist()
+                raise ValueError(f"observations: expected {name} {ours.tolist()}, got {got}")
+        theirs_by_layer = dict(state["heads"].tolist())
+        for layer, heads in theirs_by_layer.items():
+            ours_here = self.heads.get(layer, heads)
+            if ours_here != heads:
+                raise ValueError(
+                    f"observations: expected {ours_here} heads in layer {layer}, got {heads}"
+                )
+        self.heads.update(theirs_by_layer)
+        for (name, phase, layer, length), x in _parts(state, "tallies"):
+            key = (name, phase, int(layer), int(length))
+            self._tallies[key] = self._tallies[key] + x if key in self._tallies else x.clone()
+        for (name, phase, layer), sums in _parts(state, "tops.sums"):
+            finite, samples = (
+                state[_joined(f"tops.{part}", name, phase, layer)] for part in ("finite", "samples")
             )
-            table[:, layer] = mean
-        return table
+            tops = self._top_blocks(name, phase, int(layer), sums.shape[1])
+            tops.add(TopBlocks(sums, finite, samples))
+        for (name, phase), x in _parts(state, "by_level"):
+            self._by_level[name, phase] = self._by_level.get((name, phase), 0) + x
+
+
+def _joined(kind: str, *key: str | int) -> str:
+    return "/".join([kind, *map(str, key)])
+
+
+def _parts(state: Mapping[str, Tensor], kind: str) -> Iterator[tuple[list[Any], Tensor]]:
+    """The entries of `state` whose names start with `kind`, by the rest of their names."""
+    for name, x in sorted(state.items()):
+        first, *rest = name.split("/")
+        if first == kind:
+            assert rest[1] in PHASES
+            yield rest, x
