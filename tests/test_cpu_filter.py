@@ -122,7 +122,7 @@ RULES: dict[str, Callable[[AttentionCall, BlockGeometry], SkipRule]] = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("change", SHAPES_OF_K, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("geometry", ["64x64", "64x128", "64x1"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_filter_changes_nothing(rule, change, geometry, dtype):
     geometry = BlockGeometry.from_name(geometry)
     skipped = 0

@@ -22,21 +22,23 @@ class Filter {
     q8_ = reinterpret_cast<uint32_t*>(memory);
   }
 
-  // A filter that proves nothing costs a quarter of the scores. So it is only tried where the steps
-  // before were skipped for the most part, and sits out twice as many steps after each failure.
+  // A filter that proves nothing costs a quarter of the scores, and half of bfloat16's. So it is
+  // only tried where the steps before were skipped for the most part, and sits out twice as many
+  // steps after each failure.
   bool worth_trying() {
-    if (!p_ || rate_ < 0.6f) return false;
+    if (!p_ || rate_ < (p_->dtype == Dtype::bf16 ? 0.8f : 0.6f)) return false;
     if (wait_ > 0) return --wait_, false;
     return started_ || start();
   }
-  void saw(float skipped_share) { rate_ = 0.5f * (rate_ + skipped_share); }
+  void saw(float skipped_share) { rate_ += 0.25f * (skipped_share - rate_); }
   void report(bool proved) {
     failures_ = proved ? 0 : failures_ < 6 ? failures_ + 1 : 6;
     wait_ = failures_ > 1 ? 1 << (failures_ - 1) : 0;
   }
 
-  // A bit for each key of the chunk that may reach the bound of some lane.
-  uint64_t open_keys(int64_t chunk, const float* bound) {
+  // A bit for each key of the chunk that may reach the bound of some lane; or, if it is enough to
+  // know whether there are such keys, for some of them.
+  uint64_t open_keys(int64_t chunk, const float* bound, bool some) {
     const KeyPlanes& planes = p_->planes;
     const int64_t at = bh_ * planes.chunks + chunk;
     if (!once(planes.chunk_state + at, [&] { copy_chunk<T>(*p_, bh_, chunk); }))
@@ -46,7 +48,8 @@ class Filter {
     const int8_t* plane = planes.data + at * kLanes * planes.width;
     const int32_t* sums = planes.sums + at * kLanes;
     uint64_t open = 0;
-    for (int c = 0; c < kLanes; c += 4) open |= uint64_t(four(plane, sums, c, limit)) << c;
+    for (int c = 0; c < kLanes && !(some && open); c += 4)
+      open |= uint64_t(four(plane, sums, c, limit)) << c;
     return open;
   }
 
@@ -162,7 +165,7 @@ class Filter {  // other levels have no fast int8 products
   bool worth_trying() { return false; }
   void saw(float) {}
   void report(bool) {}
-  uint64_t open_keys(int64_t, const float*) { return ~uint64_t(0); }
+  uint64_t open_keys(int64_t, const float*, bool) { return ~uint64_t(0); }
 };
 #endif
 

@@ -33,10 +33,10 @@ struct Head {
 };
 
 // Whether prefill may use the int8 copy of K. The budget and the certificate need exact maxima, a
-// softcap other units; and bfloat16 products are so fast that half their cost is not worth it.
+// softcap other units.
 bool may_filter(const Problem& p, const Level& level) {
-  return level.filters && p.dtype != Dtype::bf16 && p.any_rule && !p.budget.data && !p.dropped &&
-         p.softcap == 0 && p.scale > 0 && p.Lq * p.G >= 512;
+  return level.filters && p.any_rule && !p.budget.data && !p.dropped && p.softcap == 0 &&
+         p.scale > 0 && p.Lq * p.G >= 512;
 }
 
 void make_room_for_planes(Problem& p, Workspace& workspace) {

@@ -93,18 +93,23 @@ BSA_INLINE bool any_not_below64(const float* x, const float* bound) {
 #endif
 }
 
-// Whether some of the 64 lanes at x is above its bound; NaN is above nothing.
-BSA_INLINE bool any_above64(const float* x, const float* bound) {
+// Whether some of 64 lanes is above its bound; NaN is above nothing.
+BSA_INLINE bool any_above(const vf (&x)[kVectors], const vf (&bound)[kVectors]) {
 #if BSA_ISA >= 2
   unsigned any = 0;
-  for (int i = 0; i < kLanes; i += W)
-    any |= _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_loadu_ps(bound + i), _CMP_GT_OQ);
+  for (int j = 0; j < kVectors; ++j)
+    any |= _mm512_cmp_ps_mask((__m512)x[j], (__m512)bound[j], _CMP_GT_OQ);
   return any != 0;
 #else
   vi any = {};
-  for (int i = 0; i < kLanes; i += W) any |= load(x + i) > load(bound + i);
+  for (int j = 0; j < kVectors; ++j) any |= x[j] > bound[j];
   return any_set(any);
 #endif
+}
+BSA_INLINE bool any_above64(const float* x, const float* bound) {
+  vf a[kVectors], b[kVectors];
+  for (int j = 0; j < kVectors; ++j) a[j] = load(x + j * W), b[j] = load(bound + j * W);
+  return any_above(a, b);
 }
 
 // 2^x to about 2 ulp, 0 below the normal range, infinity above it, NaN for NaN: 2^floor(x) by

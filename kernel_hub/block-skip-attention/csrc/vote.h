@@ -51,6 +51,7 @@ struct alignas(64) Vote {
   float unit;
   int64_t block_k;
   bool active, track, budgeted;
+  bool behind = false;  // l lacks what is kept but not yet added to the output
 
   // The first `voters` lanes vote; the others go along with them.
   void start(const Problem& p, const RowRule& row_rule, float unit_, int64_t voters, bool active_) {
@@ -98,31 +99,37 @@ struct alignas(64) Vote {
     return load(c + i) + float(block_k) * exp2v(load(top + i) * unit + load(shift + i));
   }
 
-  // Enters a kept block: its maxima, and for the budget its n rows of scores.
-  BSA_INLINE void keep(Vote& t, const float* top, const float* s, int64_t n) {
+  // Enters a kept block's maxima. Its mass, if the budget asks for it, is known once the block has
+  // been added to the output; until then votes cannot go on.
+  BSA_INLINE void keep(Vote& t, const float* top) {
     if (any_above64(top, t.m)) t.raise(top);
-    if (t.budgeted) t.add_mass(s, n);
+    t.behind = t.budgeted;
+  }
+
+  // The mass kept so far: `sum` relative to 2^(reference * unit).
+  void catch_up(const float* sum, const float* reference) {
+    behind = false;
+    follow(m);
+    for (int i = 0; i < kLanes; i += W) {
+      const vf from = load(reference + i), to = load(at + i);
+      const vf factor = exp2v((from - to) * unit);
+      store(l + i, load(sum + i) > 0.0f ? load(sum + i) * factor : vf{});  // not 0 * NaN
+    }
   }
 
   void raise(const float* top) {
     for (int i = 0; i < kLanes; i += W) {
       const vf raised = vmax(load(top + i), load(m + i));  // a NaN leaves m as it is
       store(m + i, raised);
-      if (!active) continue;
-      vf limit = raised + rule.relative;
-      limit = limit < rule.absolute ? limit : splat(rule.absolute);
-      store(bound + i, vmax(limit, splat(-kMax)) + load(slack + i));
+      if (active) store(bound + i, limit(raised) + load(slack + i));
     }
   }
 
-  void add_mass(const float* s, int64_t n) {
-    follow(m);
-    for (int i = 0; i < kLanes; i += W) {
-      vf sum = load(l + i);
-      for (int64_t k = 0; k < n; ++k)
-        sum += exp2v(load(s + k * kLanes + i) * unit + load(shift + i));
-      store(l + i, sum);
-    }
+  // RowRule::bound for a vector of lanes.
+  vf limit(vf max) const {
+    vf x = max + rule.relative;
+    x = x < rule.absolute ? x : splat(rule.absolute);
+    return vmax(x, splat(-kMax));
   }
 
   // Moves the reference up to `top` in the lanes where it has fallen 2^20 behind.
