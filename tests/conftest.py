@@ -1,10 +1,15 @@
 """For every test: one torch thread a worker, a fixed seed, no `gpu` tests without a GPU."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# Without a GPU, Triton's kernels run interpreted. It must know before it is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch
 
 torch.set_num_threads(1)

@@ -33,9 +33,20 @@ EXP_ERROR = 16 * U  # of the kernel's 2^x and tanh, relative; their own tests sa
 
 
 def check(
-    call: AttentionCall, rule: SkipRule, geometry: BlockGeometry, result: AttentionResult
+    call: AttentionCall,
+    rule: SkipRule,
+    geometry: BlockGeometry,
+    result: AttentionResult,
+    *,
+    weights_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raises AssertionError unless `result`, with skip bits and certificate, is right."""
+    """Raises AssertionError unless `result`, with skip bits and certificate, is right.
+
+    `weights_dtype` is what weights are rounded to before V is multiplied with them; None: bfloat16
+    if that is what the call is in, else float32.
+    """
+    if weights_dtype is None:
+        weights_dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
     exact = replace(
         call,
         q=call.q.double(),
@@ -69,6 +80,7 @@ def check(
                 result.out[b, rows].transpose(0, 1).double(),
                 result.lse[b, :, rows].double(),
                 result.dropped_mass[b, :, rows].double(),
+                weights_dtype,
             )
     assert torch.equal(result.counts, counts), "blocks visited and skipped"
     unseen = ~seen_rows
@@ -151,7 +163,14 @@ class BlockRow:
             margin = torch.maximum(margin, over)
         return margin.nan_to_num(nan=math.inf).masked_fill(m_new == -math.inf, -math.inf)
 
-    def check_numbers(self, skipped: Tensor, out: Tensor, lse: Tensor, dropped: Tensor) -> None:
+    def check_numbers(
+        self,
+        skipped: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dropped: Tensor,
+        weights_dtype: torch.dtype,
+    ) -> None:
         """`out` `[Hq, R, Dv]`, `lse` and `dropped` `[Hq, R]` for the blocks that were kept."""
         hidden = skipped.repeat_interleave(self.geometry.block_k, 1)[:, None, : self.keys]
         kept = self.scores.masked_fill(hidden, -math.inf)
@@ -161,10 +180,14 @@ class BlockRow:
         weights = (kept - exact_lse[..., None]).exp().nan_to_num(nan=0.0)
         low = torch.finfo(self.call.q.dtype)
         relative = self.error + EXP_ERROR + (self.keys + 8) * U
-        # Weights are rounded to bfloat16, where that is what V is multiplied with.
-        rounding = low.eps / 2 if self.call.q.dtype == torch.bfloat16 else 0.0
+        rounding = 0.0
+        if weights_dtype != torch.float32:
+            rounding = torch.finfo(weights_dtype).eps / 2
         allowed = (2 * relative + rounding)[..., None] * (weights @ self.request.v.abs())
         allowed += low.eps / 2 * exact.abs() + low.smallest_normal * low.eps
+        if weights_dtype == torch.float16:  # small weights are rounded in its subnormal steps
+            step = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps / 2
+            allowed += step * (weights > 0).double() @ self.request.v.abs()
         worst = ((out - exact).abs() - allowed).max().item()
         assert worst <= 0, f"out is off by {worst:.3e} more than rounding explains"
 

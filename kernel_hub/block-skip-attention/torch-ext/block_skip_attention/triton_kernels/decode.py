@@ -1,0 +1,299 @@
+"""Decode in Triton: one program computes one split of the keys, for one position and GQA group.
+
+Block 0 and the newest block are never skipped. Every split starts from the running max that these
+two give, so each program computes their scores again (two blocks beside the sixteen or so of its
+own), and none waits for another. The first split also adds their values. A second kernel joins the
+splits.
+"""
+
+import triton
+import triton.language as tl
+
+from .rules import agrees_to_skip, block_scores, dot, is_visible, narrow, update_dropped
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    valid_ptr,  # bool [B, Lk] or none
+    request_ptr,  # int32 [B, 3]: first valid key, end of valid keys, column of query row 0
+    splits_ptr,  # int32 [B, Lq]: how many splits have a visible block besides the seed
+    log_lambda_ptr,  # float32 [B|1, Hq|1] or none
+    threshold_ptr,  # float32 [B|1, Hq|1, Lq|1] or none
+    eps_ptr,  # float32 [B|1, Hq|1] or none
+    acc_ptr,  # float32 [B, Hq, Lq, S, Dv]
+    sums_ptr,  # float32 [B, Hq, Lq, S, 4]: m, l, top, c of the split
+    skipped_ptr,  # int32 [B, Hkv, Lq, S]
+    skips_ptr,  # int8 [B, Hkv, Lq, NK] or none
+    scale,
+    softcap,
+    window,
+    q_len,
+    kv_len,
+    kv_heads,
+    group,
+    n_splits,
+    n_blocks,
+    split_blocks,  # blocks in a split
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_vd,
+    stride_lb,
+    stride_lh,
+    stride_tb,
+    stride_th,
+    stride_tr,
+    stride_eb,
+    stride_eh,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,  # at least 16: what a tensor core multiplies
+    BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP_SINK: tl.constexpr,
+    WANTS_DROPPED: tl.constexpr,
+):
+    """One split, for one position and GQA group; grid `(S, Lq * Hkv, B)`."""
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1) % kv_heads
+    row = tl.program_id(1) // kv_heads
+    batch = tl.program_id(2).to(tl.int64)
+    heads = kv_heads * group
+
+    first = tl.load(request_ptr + batch * 3)
+    keys = tl.load(request_ptr + batch * 3 + 1) - first
+    offset = tl.load(request_ptr + batch * 3 + 2) - first
+    splits = tl.load(splits_ptr + batch * q_len + row)
+
+    members = tl.arange(0, PADDED_GROUP)
+    real = members < group
+    head = kv_head * group + tl.where(real, members, 0)
+    dims = tl.arange(0, PADDED_HEAD)
+    values = tl.arange(0, PADDED_VALUE)
+    columns = tl.arange(0, BLOCK_K)
+    position = offset + row + tl.zeros([PADDED_GROUP], tl.int32)
+    here = offset + row
+    q = tl.load(
+        q_ptr
+        + batch * stride_qb
+        + head[:, None] * stride_qh
+        + row * stride_ql
+        + dims[None, :] * stride_qd,
+        mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
+        other=0.0,
+    )
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    valid_at = batch * kv_len + first
+
+    log_lambda = tl.zeros([PADDED_GROUP], tl.float32)
+    if log_lambda_ptr is not None:
+        log_lambda = tl.load(log_lambda_ptr + batch * stride_lb + head * stride_lh)
+    threshold = tl.zeros([PADDED_GROUP], tl.float32)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + batch * stride_tb + head * stride_th + row * stride_tr)
+    eps = tl.zeros([PADDED_GROUP], tl.float32)
+    if eps_ptr is not None:
+        eps = tl.load(eps_ptr + batch * stride_eb + head * stride_eh)
+
+    low = 0
+    high = tl.cdiv(keys, BLOCK_K)
+    newest = -1  # the block on the diagonal
+    if HAS_WINDOW:
+        low = tl.maximum(here - window + 1, 0) // BLOCK_K
+    if CAUSAL:
+        high = tl.where(here < 0, 0, tl.minimum(high, here // BLOCK_K + 1))
+        newest = here // BLOCK_K
+
+    m = tl.full([PADDED_GROUP], -float("inf"), tl.float32)
+    l = tl.zeros([PADDED_GROUP], tl.float32)
+    base = tl.zeros([PADDED_GROUP], tl.float32)  # this split's share of the seed's sum
+    acc = tl.zeros([PADDED_GROUP, PADDED_VALUE], tl.float32)
+    top = tl.full([PADDED_GROUP], -float("inf"), tl.float32)
+    c = tl.zeros([PADDED_GROUP], tl.float32)
+    skipped = 0
+
+    # The seed first (steps 0 and 1), then the blocks of this split, ascending (or descending).
+    begin = tl.maximum(low, split * split_blocks)
+    stop = tl.minimum(high, (split + 1) * split_blocks)
+    for t in range(tl.maximum(stop - begin, 0) + 2):
+        is_seed = t < 2
+        if ORDER == 2:
+            block = stop + 1 - t
+        else:
+            block = begin + t - 2
+        wanted = is_seed == 0
+        if ORDER == 1:
+            in_seed = (block == 0) | (block == newest)
+            wanted = (is_seed & ((t == 0) | (newest != 0))) | ((is_seed == 0) & (in_seed == 0))
+            block = tl.where(is_seed, tl.where(t == 0, 0, newest), block)
+            wanted = wanted & (block >= low) & (block < high)
+        if wanted:
+            column = block * BLOCK_K + columns
+            inside = column < keys
+            k = tl.load(
+                k_base
+                + (first + column)[:, None].to(tl.int64) * stride_kl
+                + dims[None, :] * stride_kd,
+                mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
+                other=0.0,
+            )
+            visible = is_visible(
+                position, column, inside, valid_ptr, valid_at, window, CAUSAL, HAS_WINDOW
+            )
+            s = block_scores(q, k, visible & real[:, None], scale, softcap, HAS_SOFTCAP)
+            m_new = tl.max(s, 1)
+            seen = tl.max(m_new, 0) > -float("inf")
+            c_then, top_then = update_dropped(c, top, m_new, BLOCK_K)
+            agrees = agrees_to_skip(
+                m_new,
+                m,
+                l + base,
+                c_then,
+                top_then,
+                log_lambda_ptr,
+                log_lambda,
+                threshold_ptr,
+                threshold,
+                eps_ptr,
+                eps,
+            )
+            must_keep = is_seed
+            if threshold_ptr is not None:
+                must_keep = must_keep | (block == newest)
+                if KEEP_SINK:
+                    must_keep = must_keep | (block == 0)
+            skip = seen & (tl.min((agrees | (real == 0)).to(tl.int32), 0) > 0) & (must_keep == 0)
+            skipped += skip.to(tl.int32)
+            if skips_ptr is not None:
+                at = ((batch * kv_heads + kv_head) * q_len + row) * n_blocks + block
+                if is_seed == 0:
+                    tl.store(skips_ptr + at, skip.to(tl.int8))
+            if seen & (skip == 0):
+                m_then = tl.maximum(m, m_new)
+                shift = tl.where(m_then == -float("inf"), 0.0, m_then)
+                p = tl.exp2((s - shift[:, None]) * LOG2_E)
+                alpha = tl.exp2((m - shift) * LOG2_E)
+                weight = tl.sum(p, 1)
+                base = base * alpha
+                l = l * alpha
+                if is_seed:
+                    base += weight / splits.to(tl.float32)
+                else:
+                    l += weight
+                acc = acc * alpha[:, None]
+                if (is_seed == 0) | (split == 0):
+                    v = tl.load(
+                        v_base
+                        + (first + column)[:, None].to(tl.int64) * stride_vl
+                        + values[None, :] * stride_vd,
+                        mask=inside[:, None] & (values[None, :] < VALUE_SIZE),
+                        other=0.0,
+                    )
+                    acc += dot(narrow(p, v.dtype), v)
+                m = m_then
+            if WANTS_DROPPED:
+                rescaled = tl.where(
+                    c > 0.0, c * tl.exp2((top - tl.maximum(top, m_new)) * LOG2_E), 0.0
+                )
+                c = tl.where(skip, c_then, rescaled)
+            top = tl.maximum(top, m_new)
+
+    if split == 0:
+        l += base * splits.to(tl.float32)
+    at = ((batch * heads + head) * q_len + row) * n_splits + split
+    tl.store(
+        acc_ptr + at[:, None] * VALUE_SIZE + values[None, :],
+        acc,
+        mask=real[:, None] & (values[None, :] < VALUE_SIZE),
+    )
+    tl.store(sums_ptr + at * 4, m, mask=real)
+    tl.store(sums_ptr + at * 4 + 1, l, mask=real)
+    tl.store(sums_ptr + at * 4 + 2, top, mask=real)
+    tl.store(sums_ptr + at * 4 + 3, c, mask=real)
+    tl.store(skipped_ptr + ((batch * kv_heads + kv_head) * q_len + row) * n_splits + split, skipped)
+
+
+@triton.jit
+def join_kernel(
+    acc_ptr,  # as decode_kernel wrote them
+    sums_ptr,
+    sinks_ptr,  # float32 [Hq] or none
+    out_ptr,  # [B, Lq, Hq, Dv]
+    lse_ptr,  # float32 [B, Hq, Lq]
+    dropped_ptr,  # float32 [B, Hq, Lq] or none
+    q_len,
+    heads,
+    n_splits,
+    VALUE_SIZE: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+):
+    """The splits of one query head and position; grid `(Lq * Hq, B)`."""
+    head = tl.program_id(0) % heads
+    row = tl.program_id(0) // heads
+    batch = tl.program_id(1).to(tl.int64)
+    splits = tl.arange(0, PADDED_SPLITS)
+    values = tl.arange(0, PADDED_VALUE)
+    real = splits < n_splits
+    row_at = (batch * heads + head) * q_len + row
+    at = row_at * n_splits + splits
+    m = tl.load(sums_ptr + at * 4, mask=real, other=-float("inf"))
+    l = tl.load(sums_ptr + at * 4 + 1, mask=real, other=0.0)
+    top = tl.load(sums_ptr + at * 4 + 2, mask=real, other=-float("inf"))
+
+    sees = tl.max(top, 0) > -float("inf")
+    largest = tl.max(m, 0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head)
+        largest = tl.maximum(largest, sink)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    weight = tl.exp2((m - shift) * LOG2_E)
+    total = tl.sum(l * weight, 0)
+    if sinks_ptr is not None:
+        total += tl.exp2((sink - shift) * LOG2_E)
+    acc = tl.zeros([PADDED_VALUE], tl.float32)
+    for split in range(n_splits):
+        mine = tl.sum(tl.where(splits == split, weight, 0.0), 0)
+        acc += mine * tl.load(
+            acc_ptr + (row_at * n_splits + split) * VALUE_SIZE + values,
+            mask=values < VALUE_SIZE,
+            other=0.0,
+        )
+    empty = total == 0.0
+    lse = shift + tl.log2(tl.where(empty, 1.0, total)) * LN_2
+    lse = tl.where(empty | (sees == 0), -float("inf"), lse)
+    result = tl.where(sees, acc / tl.where(empty, 1.0, total), 0.0)
+    tl.store(
+        out_ptr + ((batch * q_len + row) * heads + head) * VALUE_SIZE + values,
+        narrow(result, out_ptr.dtype.element_ty),
+        mask=values < VALUE_SIZE,
+    )
+    tl.store(lse_ptr + row_at, lse)
+    if dropped_ptr is not None:
+        c = tl.load(sums_ptr + at * 4 + 3, mask=real, other=0.0)
+        unit = tl.max(tl.where(c > 0.0, top, -float("inf")), 0)
+        unit = tl.where(unit == -float("inf"), 0.0, unit)
+        c = tl.sum(tl.where(c > 0.0, c * tl.exp2((top - unit) * LOG2_E), 0.0), 0)
+        log_c = unit + tl.log2(tl.where(c > 0.0, c, 1.0)) * LN_2
+        share = 1.0 / (1.0 + tl.exp2((lse - log_c) * LOG2_E))
+        tl.store(dropped_ptr + row_at, tl.where(c > 0.0, share, 0.0))

@@ -1,0 +1,268 @@
+"""From tensors to launches: `forward` in Triton, with the same arguments as the compiled op."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from .decode import decode_kernel, join_kernel
+from .prefill import prefill_kernel
+
+DECODE_MAX_QUERIES = 8
+SINK_DIAGONAL = 1
+LARGEST_LOG_LAMBDA = math.log(1.0 - 2.0**-24)
+
+
+def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why these inputs cannot be served, or None."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"expected float32, bfloat16 or float16, got {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"expected head sizes up to 256, got {q.shape[-1]} and {v.shape[-1]}"
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block not in (16, 32, 64, 128):
+            return f"{name}: expected 16, 32, 64 or 128, got {block}"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor | None,
+    q_offset: Tensor | None,
+    sinks: Tensor | None,
+    log_lambda: Tensor | None,
+    block_threshold: Tensor | None,
+    max_dropped_mass: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    block_q: int,
+    block_k: int,
+    order: int,
+    split_k: int,
+    keep_sink: bool,
+    return_skips: bool,
+    return_dropped_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `block_skip_attention.forward`."""
+    if reason := refusal(q, v, block_q, block_k):
+        raise ValueError(f"block_skip_attention (Triton): {reason}")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    decode = q_len <= DECODE_MAX_QUERIES and kv_len > q_len
+    request = requests(q, k, key_valid, q_offset)
+    if key_valid is not None:
+        key_valid = key_valid.contiguous()
+    if log_lambda is not None:
+        log_lambda = log_lambda.clamp(max=LARGEST_LOG_LAMBDA)
+    rule = (log_lambda, block_threshold, max_dropped_mass)
+    shape = dict(
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        q_len=q_len,
+        kv_len=kv_len,
+        HEAD_SIZE=q.shape[-1],
+        VALUE_SIZE=v.shape[-1],
+        PADDED_HEAD=max(16, triton.next_power_of_2(q.shape[-1])),
+        PADDED_VALUE=max(16, triton.next_power_of_2(v.shape[-1])),
+        BLOCK_K=block_k,
+        ORDER=order,
+        CAUSAL=causal,
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=softcap > 0,
+        KEEP_SINK=keep_sink,
+        WANTS_DROPPED=return_dropped_mass or max_dropped_mass is not None,
+        **strides("q", "bhld", q),
+        **strides("k", "bhld", k),
+        **strides("v", "bhld", v),
+        **strides("l", "bh", log_lambda),
+        **strides("t", "bhr", block_threshold),
+        **strides("e", "bh", max_dropped_mass),
+    )
+    args = (q, k, v, key_valid, request, sinks, rule, shape, return_skips, return_dropped_mass)
+    if decode:
+        return _decode(*args, split_k=split_k)
+    return _prefill(*args, block_q=block_q)
+
+
+def _prefill(
+    q, k, v, key_valid, request, sinks, rule, shape, return_skips, return_dropped_mass, *, block_q
+):
+    batch, heads, q_len, _ = q.shape
+    n_rows = triton.cdiv(q_len, block_q)
+    n_blocks = triton.cdiv(k.shape[2], shape["BLOCK_K"])
+    padded = key_valid is not None or q_len > k.shape[2]
+    make = torch.zeros if padded or shape["CAUSAL"] else torch.empty
+    out = make((batch, q_len, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = q.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
+    counts = q.new_zeros((batch, heads, n_rows, 2), dtype=torch.int32)
+    skips = (
+        q.new_zeros((batch, heads, n_rows, n_blocks), dtype=torch.int8) if return_skips else None
+    )
+    dropped = torch.zeros_like(lse) if shape["WANTS_DROPPED"] else None
+    if q.numel() and k.numel():
+        prefill_kernel[(n_rows, heads, batch)](
+            q,
+            k,
+            v,
+            key_valid,
+            request,
+            sinks,
+            *rule,
+            out,
+            lse,
+            counts,
+            skips,
+            dropped,
+            heads=heads,
+            group=heads // k.shape[1],
+            n_rows=n_rows,
+            n_blocks=n_blocks,
+            BLOCK_Q=block_q,
+            **shape,
+        )
+    return _results(out, lse, counts.sum(2), skips, dropped, return_dropped_mass)
+
+
+def _decode(
+    q, k, v, key_valid, request, sinks, rule, shape, return_skips, return_dropped_mass, *, split_k
+):
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    group = heads // kv_heads
+    block_k = shape["BLOCK_K"]
+    n_blocks = triton.cdiv(kv_len, block_k)
+    sink_diagonal = shape["ORDER"] == SINK_DIAGONAL
+    split_blocks = max(1, split_k // block_k) if sink_diagonal else n_blocks
+    n_splits = max(1, triton.cdiv(n_blocks, split_blocks))
+    seen = _blocks_seen(q_len, kv_len, key_valid, request, shape)  # [B, Lq, NK]
+    rest = seen.clone()
+    if sink_diagonal:
+        rest[..., 0] = False
+        if shape["CAUSAL"]:
+            row = torch.arange(q_len, device=q.device)
+            newest = torch.div(
+                request[:, 2:] - request[:, :1] + row, block_k, rounding_mode="floor"
+            )
+            block = torch.arange(n_blocks, device=q.device)
+            rest &= block != newest[..., None]
+    padding = n_splits * split_blocks - n_blocks
+    rest = torch.nn.functional.pad(rest, (0, padding)).unflatten(-1, (n_splits, split_blocks))
+    splits = rest.any(-1).sum(-1, dtype=torch.int32).clamp(min=1)
+
+    out = torch.empty((batch, q_len, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = q.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
+    partial = (batch, heads, q_len, n_splits)
+    acc = q.new_empty((*partial, v.shape[-1]), dtype=torch.float32)
+    sums = q.new_empty((*partial, 4), dtype=torch.float32)
+    skipped = q.new_zeros((batch, kv_heads, q_len, n_splits), dtype=torch.int32)
+    skips = (
+        q.new_zeros((batch, kv_heads, q_len, n_blocks), dtype=torch.int8) if return_skips else None
+    )
+    dropped = torch.zeros_like(lse) if shape["WANTS_DROPPED"] else None
+    if out.numel():
+        decode_kernel[(n_splits, q_len * kv_heads, batch)](
+            q,
+            k,
+            v,
+            key_valid,
+            request,
+            splits,
+            *rule,
+            acc,
+            sums,
+            skipped,
+            skips,
+            kv_heads=kv_heads,
+            group=group,
+            n_splits=n_splits,
+            n_blocks=n_blocks,
+            split_blocks=split_blocks,
+            PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+            **shape,
+        )
+        join_kernel[(q_len * heads, batch)](
+            acc,
+            sums,
+            sinks,
+            out,
+            lse,
+            dropped,
+            q_len,
+            heads,
+            n_splits,
+            VALUE_SIZE=shape["VALUE_SIZE"],
+            PADDED_VALUE=shape["PADDED_VALUE"],
+            PADDED_SPLITS=triton.next_power_of_2(n_splits),
+        )
+    counted = torch.ones(batch, q_len, dtype=torch.bool, device=q.device)
+    if shape["CAUSAL"]:  # positions after the last valid key are padding
+        counted = torch.arange(q_len, device=q.device) < (request[:, 1:2] - request[:, 2:])
+    visited = (seen.sum(-1) * counted).sum(-1)[:, None].expand(-1, heads)
+    left_out = (skipped.sum(-1) * counted[:, None]).sum(-1).repeat_interleave(group, 1)
+    counts = torch.stack([visited, left_out], dim=-1)
+    return _results(out, lse, counts, skips, dropped, return_dropped_mass)
+
+
+def requests(q: Tensor, k: Tensor, key_valid: Tensor | None, q_offset: Tensor | None) -> Tensor:
+    """First valid key, end of the valid ones, column of query row 0: int32 `[B, 3]`; no sync."""
+    batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
+    request = torch.zeros((batch, 3), dtype=torch.int32, device=q.device)
+    request[:, 1] = kv_len
+    request[:, 2] = kv_len - q_len if q_offset is None else q_offset
+    if key_valid is not None and kv_len:
+        valid = key_valid.to(torch.int8)
+        any_valid = valid.amax(1)
+        request[:, 0] = valid.argmax(1) * any_valid
+        request[:, 1] = (kv_len - valid.flip(1).argmax(1)) * any_valid
+    return request
+
+
+def _blocks_seen(q_len, kv_len, key_valid, request, shape) -> Tensor:
+    """Which blocks hold a key that the position sees: bool `[B, Lq, NK]`."""
+    first, end, offset = request.unbind(1)
+    column = torch.arange(kv_len, device=request.device)
+    seen = (column < (end - first)[:, None])[:, None].expand(-1, q_len, -1)
+    if key_valid is not None:
+        absolute = (first[:, None] + column).clamp(max=kv_len - 1).to(torch.int64)
+        seen = seen & key_valid.gather(1, absolute)[:, None]
+    position = ((offset - first)[:, None] + torch.arange(q_len, device=request.device))[..., None]
+    if shape["CAUSAL"]:
+        seen = seen & (column <= position)
+    if shape["HAS_WINDOW"]:
+        seen = seen & (column > position - shape["window"])
+    block_k = shape["BLOCK_K"]
+    seen = torch.nn.functional.pad(seen, (0, -kv_len % block_k))
+    return seen.unflatten(-1, (-1, block_k)).any(-1)
+
+
+def _results(out, lse, counts, skips, dropped, return_dropped_mass):
+    nothing = out.new_empty(0, dtype=torch.float32)
+    return (
+        out,
+        lse,
+        counts.to(torch.int64),
+        nothing.to(torch.uint8) if skips is None else _pack(skips),
+        dropped if return_dropped_mass else nothing,
+    )
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """int8 0/1 `[..., N]` to uint8 `[..., ceil(N / 8)]`, bit j % 8 of byte j // 8."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
+    """`stride_qb` and so on; 0 where a dimension is broadcast or there is no tensor."""
+    if x is None:
+        return {f"stride_{name}{d}": 0 for d in dims}
+    return {
+        f"stride_{name}{d}": 0 if size == 1 else step
+        for d, size, step in zip(dims, x.shape, x.stride(), strict=True)
+    }

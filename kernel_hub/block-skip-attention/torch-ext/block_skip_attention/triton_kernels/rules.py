@@ -1,0 +1,122 @@
+"""What the Triton kernels share: visibility, scores, and when a row agrees to skip a block."""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") == "1")
+
+
+@triton.jit
+def dot(a, b):
+    """A @ b with float32 sums, and without TF32's rounding."""
+    if INTERPRETED:  # its dot multiplies bfloat16's bits as if they were integers (Triton 3.9)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x, float32, rounded to the nearest value of `dtype`."""
+    if INTERPRETED and dtype == tl.bfloat16:  # where a cast only cuts off (Triton 3.9)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def visit(t, low, high, diagonal_low, diagonal_high, ORDER: tl.constexpr):
+    """The block that is visited at step t, of those in [low, high).
+
+    Sink and diagonal first: block 0, then the diagonal's, then the rest ascending. The diagonal's
+    blocks are the last ones, `[diagonal_low, diagonal_high)`, or none.
+    """
+    if ORDER == 0:
+        return low + t
+    if ORDER == 2:
+        return high - 1 - t
+    sink = tl.where(low == 0, 1, 0)
+    start = tl.maximum(diagonal_low, low + sink)
+    crossing = tl.maximum(diagonal_high - start, 0)
+    rest = low + t - crossing  # low + sink + (t - sink - crossing)
+    return tl.where(t < sink, 0, tl.where(t < sink + crossing, start + t - sink, rest))
+
+
+@triton.jit
+def is_visible(
+    position,
+    column,
+    inside,
+    valid_ptr,
+    valid_at,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Which row, at `position`, sees which column: bool [rows, columns]."""
+    if valid_ptr is not None:
+        inside = inside & (tl.load(valid_ptr + valid_at + column, mask=inside, other=0) != 0)
+    visible = inside[None, :] & (position[:, None] == position[:, None])
+    if CAUSAL:
+        visible = visible & (column[None, :] <= position[:, None])
+    if HAS_WINDOW:
+        visible = visible & (column[None, :] > position[:, None] - window)
+    return visible
+
+
+@triton.jit
+def block_scores(q, k, visible, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores of q [rows, D] against k [columns, D], float32, -inf where not visible."""
+    s = dot(q, tl.trans(k)) * scale
+    if HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), which neither overflows nor loses the sign.
+        s = softcap * (1.0 - 2.0 / (tl.exp2((s / softcap) * (2.0 * LOG2_E)) + 1.0))
+    return tl.where(visible, s, -float("inf"))
+
+
+@triton.jit
+def update_dropped(c, top, m_new, BLOCK_K: tl.constexpr):
+    """The bound on the dropped mass if this block is dropped as well, and its unit exp(top)."""
+    top_then = tl.maximum(top, m_new)
+    unit = tl.where(top_then == -float("inf"), 0.0, top_then)
+    return (
+        tl.where(c > 0.0, c * tl.exp2((top - unit) * LOG2_E), 0.0)
+        + BLOCK_K * tl.exp2((m_new - unit) * LOG2_E),
+        top_then,
+    )
+
+
+@triton.jit
+def agrees_to_skip(
+    m_new,
+    m,
+    l,
+    c_then,
+    top_then,
+    log_lambda_ptr,
+    log_lambda,
+    threshold_ptr,
+    threshold,
+    eps_ptr,
+    eps,
+):
+    """Which rows agree to skip a block with row maxima `m_new`: to every condition that is given.
+
+    A row that sees nothing of the block does not mind. Without any condition nobody agrees.
+    """
+    agrees = m_new == m_new
+    if log_lambda_ptr is not None:
+        agrees = agrees & (m_new - m < log_lambda)
+    if threshold_ptr is not None:
+        agrees = agrees & (m_new < threshold)
+    if eps_ptr is not None:
+        # c in units of exp(m); with m = -inf nothing is kept yet, and nothing may be dropped.
+        c_in_m = c_then * tl.exp2((top_then - m) * LOG2_E)
+        agrees = agrees & (c_in_m <= eps * l)
+    if log_lambda_ptr is None and threshold_ptr is None and eps_ptr is None:
+        agrees = m_new != m_new
+    return agrees | (m_new == -float("inf"))

@@ -1,0 +1,100 @@
+"""The Triton kernels compiled for GPUs that are not here: they compile, and a skip is a branch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, str]]:
+    """By target: the assembly of each kernel. Another process: here, kernels are interpreted."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("triton_compile.py")), *TARGETS],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_a_gpu(compiled: dict[str, dict[str, str]], target: str) -> None:
+    assert set(compiled[target]) == {"prefill", "decode", "join"}
+
+
+PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+LOADS = ("ld.global", "cp.async.cg", "cp.async.ca")
+
+
+class Flow:
+    """The basic blocks of one PTX function, and which jumps to which."""
+
+    def __init__(self, ptx: str) -> None:
+        self.blocks: list[list[str]] = [[]]
+        names: dict[str, int] = {}
+        for line in map(str.strip, ptx.splitlines()):
+            if label := re.match(r"(\$\w+):", line):
+                self.blocks.append([])
+                names[label[1]] = len(self.blocks) - 1
+                continue
+            self.blocks[-1].append(line)
+            if re.match(r"(@!?%p\d+\s+)?(bra|ret)\b", line):
+                self.blocks.append([])
+        self.next: list[set[int]] = []
+        for i, block in enumerate(self.blocks):
+            jump = re.match(
+                r"(@!?%p\d+\s+)?(bra(?:\.uni)?\s+(\S+);|ret;)", block[-1] if block else ""
+            )
+            targets = {names[jump[3]]} if jump and jump[3] else set()
+            if (jump is None or jump[1]) and i + 1 < len(self.blocks):
+                targets.add(i + 1)
+            self.next.append(targets)
+
+    def counts(self, blocks: set[int], words: tuple[str, ...]) -> int:
+        return sum(word in line for i in blocks for line in self.blocks[i] for word in words)
+
+    def reachable(self, start: int, avoiding: set[int]) -> set[int]:
+        found: set[int] = set()
+        todo = [start]
+        while todo:
+            new = self.next[todo.pop()] - found - avoiding
+            found |= new
+            todo += new
+        return found
+
+    def loop_through(self, words: tuple[str, ...], avoiding: set[int]) -> set[int]:
+        """The blocks of a loop that holds one of `words` and none of `avoiding`."""
+        for i in set(range(len(self.blocks))) - avoiding:
+            if self.counts({i}, words) and i in (there := self.reachable(i, avoiding)):
+                return {j for j in there if i in self.reachable(j, avoiding)}
+        return set()
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+@pytest.mark.parametrize("kernel", ["prefill", "decode"])
+def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
+    compiled: dict[str, dict[str, str]], target: str, kernel: str
+) -> None:
+    """The loop over the blocks can be run with the scores' product alone."""
+    flow = Flow(compiled[target][kernel])
+    everything = set(range(len(flow.blocks)))
+    exponentials = {i for i in everything if flow.counts({i}, ("ex2.approx",))}
+    assert exponentials
+    whole = flow.loop_through(PRODUCTS, set())
+    skipping = flow.loop_through(PRODUCTS, exponentials)
+    assert skipping, "no way through the loop without exponentials"
+    products, loads = (flow.counts(whole, words) for words in (PRODUCTS, LOADS))
+    assert 0 < flow.counts(skipping, PRODUCTS) < products, "the scores' product, not that with V"
+    assert 0 < flow.counts(skipping, LOADS) <= loads / 2, "K is loaded, V is not"
