@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention import calibrate, collect_stats, set_sparse_attention
 from hf_sparse_attention.calibration import tallies
-from hf_sparse_attention.calibration.api import OBSERVER
+from hf_sparse_attention.calibration.attach import OBSERVER
 from hf_sparse_attention.calibration.fitting import fit_blasst
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
 from hf_sparse_attention.types import BlockGeometry

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
+from hf_sparse_attention.calibration.attach import attached
 from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.calibration.fitting import fit_blasst
 from hf_sparse_attention.calibration.observation import Observations
+from hf_sparse_attention.calibration.processes import is_first
+from hf_sparse_attention.calibration.progress import forget, run
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
-from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
-from hf_sparse_attention.settings import LayerSettings
 from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
 from hf_sparse_attention.types import PHASES, BlockGeometry
 
-OBSERVER = "_sparse_attention_observer"
 DEFAULT_LEVELS = (8, 16, 32, 64)
 DEFAULT_TARGETS = (0.5, 0.3, 0.4, 0.6, 0.7)
 
@@ -38,6 +36,7 @@ def calibrate(
     keep_sink: bool = True,
     tokenizer: Any = None,
     samples: int | None = None,
+    output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> SparseAttentionConfig:
     """Fits `method` to `model` on `data`; the model itself is left as it was.
@@ -63,6 +62,8 @@ def calibrate(
         keep_sink: never skip block 0 under BSFA.
         tokenizer: for text; None loads the one that lies beside the model.
         samples: at most so many of each length.
+        output_dir: the settings are saved there, and until then the state from which a run that was
+            killed continues.
         progress: show a progress bar.
 
     Returns:
@@ -82,7 +83,8 @@ def calibrate(
         tokenizer = getattr(model, "name_or_path", None) or None
     rows = token_samples(data, tokenizer, lengths, samples)
     observer = Observations([geometry], levels, keep_sink)
-    tokens = _observe(model, rows, observer, method, progress)
+    with attached(model, observer):
+        tokens = run(model, rows, observer, output_dir, progress)
     provenance: dict[str, Any] = {
         "calibrated_by": f"hf-sparse-attention {__version__}",
         "samples": len(tokens),
@@ -90,73 +92,29 @@ def calibrate(
     }
     if method == "blasst":
         factors, fit = fit_blasst(observer, geometry.name, targets)
-        return SparseAttentionConfig(
+        config = SparseAttentionConfig(
             method="blasst",
             threshold_scale_factor=factors,
             target_sparsity=dict.fromkeys(factors, targets[0]),
             geometry=geometry,
             provenance={**provenance, "fit": fit},
         )
-    tables = _thresholds(observer, ModelFingerprint.of(model.config))
-    provenance["predicted_sparsity"] = {
-        p: observer.predicted_sparsity(geometry.name, p) for p in PHASES
-    }
-    return SparseAttentionConfig(
-        method="bsfa", tables=tables, geometry=geometry, keep_sink=keep_sink, provenance=provenance
-    )
-
-
-def _observe(
-    model: nn.Module, samples: Iterable[Tensor], observer: Observations, method: str, progress: bool
-) -> list[int]:
-    """Runs the model over `samples` and returns their lengths."""
-    device = next(model.parameters()).device
-    # The inner model, without the head: its logits would be larger than everything else.
-    inner = getattr(model, "base_model", model)
-    tokens: list[int] = []
-    with _attached(model, observer), torch.no_grad():
-        for ids in tqdm(samples, desc=f"calibrating {method}", unit="sample", disable=not progress):
-            inner(input_ids=ids[None].to(device), use_cache=False)
-            tokens.append(len(ids))
-            if not observer.heads:
-                raise ValueError(
-                    f"calibrate: expected causal attention through transformers' interface, "
-                    f"saw none in {type(model).__name__}"
-                )
-    if not tokens:
-        raise ValueError("calibrate: expected at least one sample, got none")
-    return tokens
-
-
-@contextmanager
-def _attached(model: Any, observer: Observations) -> Iterator[None]:
-    """`model` in eval mode, its attention ours and observed; all as it was afterwards."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    before = {"": config._attn_implementation}
-    for key in config.sub_configs:
-        if getattr(config, key, None) is not None:
-            before[key] = getattr(config, key)._attn_implementation
-    training = model.training
-    settings = {module: vars(module).get(SETTINGS) for module in model.modules()}
-    # Any method serves: observed attention is dense. A budget needs no calibration and no comment.
-    exact = SparseAttentionConfig(method="blasst", max_dropped_mass=dict.fromkeys(PHASES, 0.0))
-    try:
-        model.set_attn_implementation(exact.method)
-        model.eval()
-        for module in settings:
-            vars(module)[SETTINGS] = LayerSettings.of(module, exact)
-            vars(module)[OBSERVER] = observer
-        yield
-    finally:
-        for module, own in settings.items():
-            vars(module).pop(OBSERVER, None)
-            vars(module).pop(SETTINGS, None)
-            if own is not None:
-                vars(module)[SETTINGS] = own
-        model.train(training)
-        model.set_attn_implementation(before)
+    else:
+        tables = _thresholds(observer, ModelFingerprint.of(model.config))
+        provenance["predicted_sparsity"] = {
+            p: observer.predicted_sparsity(geometry.name, p) for p in PHASES
+        }
+        config = SparseAttentionConfig(
+            method="bsfa",
+            tables=tables,
+            geometry=geometry,
+            keep_sink=keep_sink,
+            provenance=provenance,
+        )
+    if output_dir is not None and is_first():
+        config.save_pretrained(output_dir)
+        forget(output_dir)
+    return config
 
 
 def _thresholds(observer: Observations, fingerprint: ModelFingerprint) -> Thresholds:

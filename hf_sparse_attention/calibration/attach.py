@@ -1,0 +1,54 @@
+"""Lets observations watch a model's attention, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_sparse_attention.calibration.observation import Observations
+from hf_sparse_attention.config import SparseAttentionConfig
+from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
+from hf_sparse_attention.settings import LayerSettings
+from hf_sparse_attention.types import PHASES
+
+OBSERVER = "_sparse_attention_observer"
+
+
+@contextmanager
+def attached(model: Any, observations: Observations) -> Iterator[None]:
+    """`model` in eval mode, its attention ours, dense, and watched; all as it was afterwards.
+
+    Args:
+        model: a transformers model with causal attention.
+        observations: what its attentions are handed to.
+
+    Raises:
+        TypeError: it is not a transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    before = {"": config._attn_implementation}
+    for key in config.sub_configs:
+        if getattr(config, key, None) is not None:
+            before[key] = getattr(config, key)._attn_implementation
+    training = model.training
+    settings = {module: vars(module).get(SETTINGS) for module in model.modules()}
+    # Any method serves: observed attention is dense. A budget needs no calibration and no comment.
+    exact = SparseAttentionConfig(method="blasst", max_dropped_mass=dict.fromkeys(PHASES, 0.0))
+    try:
+        model.set_attn_implementation(exact.method)
+        model.eval()
+        for module in settings:
+            vars(module)[SETTINGS] = LayerSettings.of(module, exact)
+            vars(module)[OBSERVER] = observations
+        yield
+    finally:
+        for module, own in settings.items():
+            vars(module).pop(OBSERVER, None)
+            vars(module).pop(SETTINGS, None)
+            if own is not None:
+                vars(module)[SETTINGS] = own
+        model.train(training)
+        model.set_attn_implementation(before)
