@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attention.backends import choose_geometry
 from hf_sparse_attention.backends.dense import visibility
 from hf_sparse_attention.config import MethodName
 from hf_sparse_attention.functional import attend
 from hf_sparse_attention.interface import config_value
 from hf_sparse_attention.masks import MaskReading, read_mask
 from hf_sparse_attention.methods import METHODS
-from hf_sparse_attention.settings import LayerSettings, settings_of
+from hf_sparse_attention.settings import LayerSettings, settings_of, warn_of_length
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 logger = logging.getLogger(__name__)
@@ -130,12 +131,16 @@ def _run(
         if observed is not None:
             return observed, None
         return attend(call, SkipRule.never(), BlockGeometry(), "dense").out, None
-    rule = METHODS[settings.config.method].rule(settings.config, layer, call)
+    config = settings.config
+    geometry = choose_geometry(call, settings.geometries, config.backend)
+    if not torch.compiler.is_compiling():
+        warn_of_length(config, geometry, call)
+    rule = METHODS[config.method].rule(config, layer, call, geometry)
     result = attend(
         call,
         rule,
-        settings.config.geometry,
-        settings.config.backend,
+        geometry,
+        config.backend,
         return_dropped_mass=stats is not None and stats.wants_dropped_mass,
     )
     if stats is None:
@@ -146,7 +151,7 @@ def _run(
         )
         stats.record_dense(layer, call, reason)
     else:
-        stats.record(layer, call, result)
+        stats.record(layer, call, result, geometry)
     return result.out, None
 
 

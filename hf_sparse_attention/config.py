@@ -1,13 +1,13 @@
 """`SparseAttentionConfig`: all the settings of a model's sparse attention, and where they are kept.
 
-Scalars live in the model's config.json under `sparse_attention_config` (`config_schema.py`), tables
-in a safetensors file beside it (`thresholds.py`).
+Scalars live in the model's config.json under `sparse_attention_config` (`config_schema.py`): what
+calibration found for each block geometry (`fits.py`), and what the user set. Tables live in a
+safetensors file beside it (`thresholds.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +16,16 @@ from typing import Any, Literal, get_args
 from hf_sparse_attention import config_schema
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention.config_schema import CONFIG_KEY
-from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds, write_atomically
+from hf_sparse_attention.fingerprint import ModelFingerprint
+from hf_sparse_attention.fits import Fit, PhaseFit
+from hf_sparse_attention.fits import fits as read_fits
+from hf_sparse_attention.thresholds import Thresholds, write_atomically
 from hf_sparse_attention.types import BlockGeometry, Phase
 
 MethodName = Literal["blasst", "bsfa"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+Granularity = Literal["global", "layer", "head"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,20 @@ class SparseAttentionConfig:
 
     Args:
         method: `"blasst"` (relative rule) or `"bsfa"` (calibrated absolute thresholds).
-        threshold_scale_factor: BLASST, by phase: `{"a", "b"}` of `a * exp(b * target_sparsity)`,
-            and lambda is that over the number of keys. A plain number x means a = x, b = 0; 0 never
-            skips.
-        target_sparsity: BLASST, by phase, in [0, 1): the share of blocks to skip.
+        fits: what was calibrated, by geometry (`"64x128"`).
+        granularity: BLASST: whether calibrated coefficients are the same everywhere ("global", from
+            `fits`), or each layer or head has its own (from `tables`).
+        threshold_scale_factor: BLASST, by phase, instead of what was calibrated: `{"a", "b"}` of
+            `a * exp(b * target_sparsity)`, and lambda is that over the number of keys. A plain
+            number x means a = x, b = 0; 0 never skips.
+        target_sparsity: BLASST, by phase, in [0, 1): the share of blocks to skip. None: what the
+            fit of the geometry that runs recommends.
         max_dropped_mass: by phase, the budget eps >= 0: at most `eps / (1 + eps)` of any row's
             softmax mass is dropped. On top of thresholds, both conditions must agree.
         level: BSFA's k, how many blocks that compete are kept; one of `levels`. None: the largest.
         levels: the k that were calibrated.
-        geometry: the blocks that the thresholds were calibrated on, and that run.
+        geometry: the blocks that run. None: of the calibrated ones, that which suits the backend
+            best; 64x64 if nothing was calibrated.
         targets: names of the attention classes to run sparse; empty is all.
         ignore: names of modules that stay dense.
         min_length: requests with fewer keys run dense; None: no limit.
@@ -49,7 +59,7 @@ class SparseAttentionConfig:
         thresholds_file: `{"name", "sha256"}` of the table file beside config.json.
         provenance: how it was calibrated; JSON-ready, for people.
         schema_version: of our part of the JSON.
-        tables: BSFA's thresholds in memory; in the table file, not in JSON.
+        tables: thresholds by layer and head, in memory; in the table file, not in JSON.
 
     Raises:
         ValueError: for a value out of its range; the message says what was expected and what was
@@ -57,12 +67,14 @@ class SparseAttentionConfig:
     """
 
     method: MethodName = "blasst"
+    fits: dict[str, Fit] = field(default_factory=dict)
+    granularity: Granularity = "global"
     threshold_scale_factor: dict[Phase, dict[str, float]] | None = None
     target_sparsity: dict[Phase, float] | None = None
     max_dropped_mass: dict[Phase, float] | None = None
     level: int | None = None
     levels: list[int] = field(default_factory=list)
-    geometry: BlockGeometry = field(default_factory=BlockGeometry)
+    geometry: BlockGeometry | None = None
     targets: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     min_length: int | None = None
@@ -86,10 +98,16 @@ class SparseAttentionConfig:
                 f"schema_version: expected {config_schema.SCHEMA_VERSION}, "
                 f"got {self.schema_version!r}"
             )
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity: expected one of {list(GRANULARITIES)}, got {self.granularity!r}"
+            )
+        put("fits", read_fits(self.fits))
         put("threshold_scale_factor", values.factors(self.threshold_scale_factor))
         put("target_sparsity", values.by_phase("target_sparsity", self.target_sparsity, below=1.0))
         put("max_dropped_mass", values.by_phase("max_dropped_mass", self.max_dropped_mass))
-        put("geometry", values.geometry(self.geometry))
+        if self.geometry is not None:
+            put("geometry", values.geometry(self.geometry))
         if self.min_length is not None:
             values.integer("min_length", self.min_length, least=0)
         if not isinstance(self.backend, str) or not self.backend:
@@ -117,22 +135,38 @@ class SparseAttentionConfig:
             if levels and self.level not in levels:
                 raise ValueError(f"level: expected one of {levels}, got {self.level}")
 
-    def scale_factor(self, phase: Phase) -> float | None:
-        """`a * exp(b * target_sparsity)` for `phase`, or None if the phase is not calibrated.
+    def fit(self, phase: Phase, geometry: BlockGeometry) -> PhaseFit | None:
+        """What was calibrated for `phase` on `geometry`, or None."""
+        fit = self.fits.get(geometry.name)
+        return fit.phases.get(phase) if fit is not None and fit.geometry == geometry else None
+
+    def target(self, phase: Phase, geometry: BlockGeometry | None = None) -> float | None:
+        """The target sparsity of `phase`: the one that was set, else the fit's own."""
+        target = (self.target_sparsity or {}).get(phase)
+        fit = None if geometry is None else self.fit(phase, geometry)
+        return fit.target_sparsity if target is None and fit is not None else target
+
+    def scale_factor(self, phase: Phase, geometry: BlockGeometry | None = None) -> float | None:
+        """`a * exp(b * target_sparsity)` for `phase` on `geometry`; None if it is not calibrated.
+
+        A factor that was set goes before that which was calibrated.
 
         Raises:
             ValueError: if the factor depends on a target sparsity that is not set.
         """
-        fit = (self.threshold_scale_factor or {}).get(phase)
-        if fit is None:
+        factor = (self.threshold_scale_factor or {}).get(phase)
+        fit = None if geometry is None else self.fit(phase, geometry)
+        if factor is None and fit is not None:
+            factor = {"a": fit.a, "b": fit.b}
+        if factor is None:
             return None
-        target = (self.target_sparsity or {}).get(phase)
-        if target is None and fit["b"] != 0 and fit["a"] != 0:
+        target = self.target(phase, geometry)
+        if target is None and factor["b"] != 0 and factor["a"] != 0:
             raise ValueError(
                 f"target_sparsity: expected a value in [0, 1) for {phase}, whose "
-                f"threshold_scale_factor {fit} depends on it, got none"
+                f"threshold_scale_factor {factor} depends on it, got none"
             )
-        return fit["a"] * math.exp(min(fit["b"] * (target or 0.0), 700.0))
+        return values.exponential(factor["a"], factor["b"], target or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dict that stands under `sparse_attention_config` in config.json."""
@@ -140,7 +174,9 @@ class SparseAttentionConfig:
         fields = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip
         }
-        return config_schema.write({**fields, "geometry": asdict(self.geometry)})
+        geometry = self.geometry and asdict(self.geometry)
+        fits = {name: fit.to_dict() for name, fit in self.fits.items()}
+        return config_schema.write({**fields, "geometry": geometry, "fits": fits})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:

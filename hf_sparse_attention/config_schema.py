@@ -2,8 +2,11 @@
 
 Other engines read `config_groups.group_0` (algorithm `skip_softmax`): targets, ignore, the scale
 factor and its target sparsity, with numbers only in the phase dicts. Everything that only we
-understand sits under one key of our own, `hf_sparse_attention`. Here are plain dicts only;
-`config.py` checks values.
+understand sits under one key of our own, `hf_sparse_attention`: with fits for several geometries
+the group repeats the one that is closest to what those engines run, and what we run is ours alone.
+Here are plain dicts only; `config.py` checks values.
+
+Schema version 1 knew one geometry, and kept its fit in the group; it is read as that fit.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_sparse_attention._version import __version__
-from hf_sparse_attention.types import PHASES
+from hf_sparse_attention.types import PHASES, BlockGeometry
 
 CONFIG_KEY = "sparse_attention_config"
 OWN_KEY = "hf_sparse_attention"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FORMULA = "a * exp(b * target_sparsity)"
 LOG_FORMULA = "exp(log_a + b * target_sparsity)"
+
+#: Whose fit the group holds: other engines decide by blocks of about this size.
+GROUP_GEOMETRY = "64x128"
 
 _ALGORITHMS = ("skip_softmax", "softmax_skip")
 #: Fields that belong to the group where there is one, because other engines read them there.
@@ -27,6 +33,8 @@ _SHARED = ("targets", "ignore", "target_sparsity", "threshold_scale_factor")
 _OWN = (
     "schema_version",
     "method",
+    "fits",
+    "granularity",
     "max_dropped_mass",
     "level",
     "levels",
@@ -54,23 +62,38 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in fields.items() if value not in (None, [], {})}
     data: dict[str, Any] = {}
     own = {name: fields[name] for name in (*_OWN, *_SHARED) if name in fields}
-    if fields["method"] == "blasst" and "threshold_scale_factor" in fields:
-        factors = own.pop("threshold_scale_factor")
+    factors, targets = _for_engines(fields)
+    if factors:
+        if "fits" not in own:  # with fits, a factor that the user set is ours alone
+            own.pop("threshold_scale_factor", None)
+            # Engines expect a target for the calibrated phases and no other.
+            if targets == own.get("target_sparsity", {}):
+                own.pop("target_sparsity", None)
         group: dict[str, Any] = {
             "algorithm": "skip_softmax",
             "targets": own.pop("targets", []),
             "ignore": own.pop("ignore", []),
             "threshold_scale_factor": {"formula": FORMULA, **factors},
+            "target_sparsity": targets,
         }
-        # Engines expect a target for the calibrated phases and no other.
-        targets = own.pop("target_sparsity", {})
-        group["target_sparsity"] = {phase: s for phase, s in targets.items() if phase in factors}
-        if group["target_sparsity"] != targets:
-            own["target_sparsity"] = targets
         data["config_groups"] = {"group_0": group}
     data[OWN_KEY] = own
     data["producer"] = {"name": "hf-sparse-attention", "version": __version__}
     return data
+
+
+def _for_engines(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The factors `{phase: {"a", "b"}}` and target sparsities that other engines shall read."""
+    fits = fields.get("fits", {})
+    fit: dict[str, Any] = fits.get(GROUP_GEOMETRY) or next(iter(fits.values()), {})
+    factors: dict[str, Any] = {p: {"a": fit[p]["a"], "b": fit[p]["b"]} for p in PHASES if p in fit}
+    recommended = {
+        phase: fit[phase]["target_sparsity"] for phase in factors if "target_sparsity" in fit[phase]
+    }
+    if fields["method"] == "blasst":
+        factors |= fields.get("threshold_scale_factor", {})
+    targets = {**recommended, **fields.get("target_sparsity", {})}
+    return factors, {phase: s for phase, s in targets.items() if phase in factors}
 
 
 def read(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,18 +128,45 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("targets", "ignore"):
         if group.get(name):
             fields[name] = list(group[name])
-    factors = group.get("threshold_scale_factor", data.get("threshold_scale_factor"))
-    if factors is not None:
-        fields["threshold_scale_factor"] = _read_factors(factors)
-    targets = group.get("target_sparsity", data.get("target_sparsity"))
-    if isinstance(targets, Mapping):
-        fields["target_sparsity"] = {**own.get("target_sparsity", {}), **targets}
-    elif targets is not None:
-        fields["target_sparsity"] = targets
+    if "fits" not in own:  # else they only repeat one of the fits
+        factors = group.get("threshold_scale_factor", data.get("threshold_scale_factor"))
+        if factors is not None:
+            fields["threshold_scale_factor"] = _read_factors(factors)
+        targets = group.get("target_sparsity", data.get("target_sparsity"))
+        if isinstance(targets, Mapping):
+            fields["target_sparsity"] = {**own.get("target_sparsity", {}), **targets}
+        elif targets is not None:
+            fields["target_sparsity"] = targets
+    if version == 1:
+        _migrate_1(fields)
     fields.setdefault("method", "blasst")
     if "producer" in data and OWN_KEY not in data:
         fields["provenance"] = {"producer": data["producer"]}
     return fields
+
+
+def _migrate_1(fields: dict[str, Any]) -> None:
+    """Turns the fields of schema version 1 into version 2's: a calibrated factor becomes a fit."""
+    fields["schema_version"] = SCHEMA_VERSION
+    geometry = fields.get("geometry")
+    quality = fields.get("provenance", {}).get("fit", {})
+    factors = dict(fields.get("threshold_scale_factor") or {})
+    fit: dict[str, Any] = {"geometry": geometry}
+    for phase in [p for p in PHASES if p in quality and p in factors]:
+        predicted = quality[phase].get("predicted", {})
+        targets = sorted({float(s) for row in predicted.values() for s in row})
+        if factors[phase]["b"] == 0 and len(targets) > 1:
+            continue  # the user has set another one since
+        fit[phase] = {**factors.pop(phase), "r2": quality[phase].get("r2"), "predicted": predicted}
+        if targets:
+            fit[phase]["sparsity"] = [targets[0], targets[-1]]
+        if lengths := quality[phase].get("lengths"):
+            fit[phase]["lengths"] = [min(lengths), max(lengths)]
+    if geometry is None or len(fit) == 1:
+        return
+    fields["fits"] = {BlockGeometry(**geometry).name: fit}
+    fields["threshold_scale_factor"] = factors or None
+    fields["provenance"] = {n: x for n, x in fields["provenance"].items() if n != "fit"}
 
 
 def _groups(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:

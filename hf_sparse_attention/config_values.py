@@ -79,3 +79,8 @@ def geometry(value: Any) -> BlockGeometry:
     if value.order not in ORDERS:
         raise ValueError(f"geometry.order: expected one of {list(ORDERS)}, got {value.order!r}")
     return value
+
+
+def exponential(a: float, b: float, x: float) -> float:
+    """`a * exp(b * x)`, kept finite."""
+    return a * math.exp(min(b * x, 700.0))

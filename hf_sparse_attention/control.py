@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from hf_sparse_attention.backends import BACKENDS
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.config_schema import CONFIG_KEY, is_ours
+from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.interface import foreign_message
 from hf_sparse_attention.methods import METHODS
 from hf_sparse_attention.settings import ATTRIBUTE, LayerSettings, announce
-from hf_sparse_attention.thresholds import ModelFingerprint
 from hf_sparse_attention.types import PHASES, Phase
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def set_sparse_attention(
         method: `"blasst"`, `"bsfa"`, a whole `SparseAttentionConfig` (as `calibrate` returns), or
             None for the present one.
         target_sparsity: BLASST, the share of blocks to skip, in [0, 1); needs a calibrated model.
+            Takes the place of a constant `threshold_scale_factor` that was set before.
         threshold_scale_factor: BLASST, lambda times the number of keys; 0 never skips.
         max_dropped_mass: budget eps: at most `eps / (1 + eps)` of a row's softmax mass is dropped.
         level: BSFA's k, one of the calibrated levels.
@@ -77,6 +78,8 @@ def set_sparse_attention(
         raise ValueError(
             f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {backend!r}"
         )
+    if target_sparsity is not None and config.fits:
+        config = _calibrated_again(config, target_sparsity)
     changes: dict[str, Any] = {
         "target_sparsity": _merged(config.target_sparsity, target_sparsity),
         "threshold_scale_factor": _merged(config.threshold_scale_factor, threshold_scale_factor),
@@ -147,16 +150,16 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _present(model: PreTrainedModel, method: MethodName | None) -> SparseAttentionConfig:
-    """The settings the model has now, under `method` if that is given."""
+    """The settings the model has now, under `method` if that is given, else the one that runs."""
+    text_config = model.config.get_text_config()
+    if method is None and text_config._attn_implementation in METHODS:
+        method = text_config._attn_implementation
     for module in model.modules():
         settings = getattr(module, ATTRIBUTE, None)
         if isinstance(settings, LayerSettings):
             return replace(settings.config, method=method or settings.config.method)
     kept = SparseAttentionConfig.from_model_config(model.config)
-    kept = kept or SparseAttentionConfig.from_model_config(model.config.get_text_config())
-    if kept is None:
-        running = model.config.get_text_config()._attn_implementation
-        return SparseAttentionConfig(method=method or (running if running in METHODS else "blasst"))
+    kept = kept or SparseAttentionConfig.from_model_config(text_config) or SparseAttentionConfig()
     return replace(kept, method=method or kept.method)
 
 
@@ -181,15 +184,32 @@ def _check_meaningful(
                 raise ValueError(
                     f"{name}: expected with method 'blasst' only, got {value} with 'bsfa'"
                 )
-    if target is not None:
-        fits = config.threshold_scale_factor or {}
-        wanted = [phase for phase in PHASES if not isinstance(target, Mapping) or phase in target]
-        for phase in wanted:
-            if phase not in fits or fits[phase]["b"] == 0:
-                raise ValueError(
-                    f"target_sparsity: expected a fit a * exp(b * target_sparsity) for {phase}, "
-                    f"got {fits.get(phase)}; calibrate(model, data) makes one"
-                )
+    for phase in _phases(target):
+        given = (config.threshold_scale_factor or {}).get(phase)
+        fits = [fit.phases[phase] for fit in config.fits.values() if phase in fit.phases]
+        exponents = [fit.b for fit in fits] if given is None else [given["b"]]
+        if not any(exponents):
+            raise ValueError(
+                f"target_sparsity: expected a fit a * exp(b * target_sparsity) for {phase}, "
+                f"got {given}; calibrate(model, data) makes one"
+            )
+
+
+def _phases(given: ByPhase) -> list[Phase]:
+    """The phases that `given` mentions."""
+    if given is None:
+        return []
+    return [phase for phase in PHASES if not isinstance(given, Mapping) or phase in given]
+
+
+def _calibrated_again(config: SparseAttentionConfig, target: ByPhase) -> SparseAttentionConfig:
+    """`config` without the constant factors that a target sparsity could not move."""
+    kept = {
+        phase: factor
+        for phase, factor in (config.threshold_scale_factor or {}).items()
+        if phase not in _phases(target) or factor["b"] != 0
+    }
+    return replace(config, threshold_scale_factor=kept)
 
 
 def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentionConfig) -> None:
@@ -205,8 +225,10 @@ def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentio
         setattr(module, ATTRIBUTE, LayerSettings.of(module, config, name=name))
     for owner in (pretrained.config, text):
         setattr(owner, CONFIG_KEY, config.to_dict())
+    method = METHODS[config.method]
     for device in {p.device for p in pretrained.parameters() if p.device.type != "meta"}:
-        METHODS[config.method].prepare(config, device)
+        for geometry in method.geometries(config):
+            method.prepare(config, device, geometry)
     announce(config)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from hf_sparse_attention import sharding
 from hf_sparse_attention.config import MethodName, SparseAttentionConfig
 from hf_sparse_attention.methods import METHODS
+from hf_sparse_attention.types import AttentionCall, BlockGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class LayerSettings:
         config: the model's settings; shared by its modules.
         layer: the layer's index, by which thresholds are found; None if the module has none.
         dense_reason: why this layer stays dense (`targets`, `ignore`), or None.
+        geometries: the blocks that may run, the default first; the backend chooses among them.
         switched: the same under the other method, for a user who switches by name
             (`model.set_attn_implementation`) and back; made when it first runs.
         heads: query heads of the layer on all ranks together; None if its config does not say.
@@ -51,6 +53,7 @@ class LayerSettings:
     dense_reason: str | None = None
     heads: int | None = None
     shares: tuple[sharding.Share, ...] = ()
+    geometries: tuple[BlockGeometry, ...] = (BlockGeometry(),)
     switched: dict[str, LayerSettings] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -75,12 +78,13 @@ class LayerSettings:
             reason = f"{kind} is not among the targets {', '.join(config.targets)}"
         elif _is_ignored(config.ignore, name, layer):
             reason = "the layer is on the config's ignore list"
-        elif layer is None and config.method == "bsfa":
+        elif layer is None and (config.method == "bsfa" or config.granularity != "global"):
             reason = "the module has no layer index, by which thresholds are found"
         return cls(
             config,
             None if layer is None else int(layer),
             reason,
+            geometries=tuple(METHODS[config.method].geometries(config)),
             heads=sharding.heads_in_all(module),
             shares=sharding.shares_of(module),
         )
@@ -154,6 +158,34 @@ def announce(config: SparseAttentionConfig) -> None:
             logger.warning(note)
 
 
+def warn_of_length(
+    config: SparseAttentionConfig, geometry: BlockGeometry, call: AttentionCall
+) -> None:
+    """Says, once a process, that a request is far longer or shorter than those calibrated.
+
+    A length that only a tensor knows (a static cache's) is not looked at: that would wait for it.
+    """
+    fit = config.fit(call.phase, geometry)
+    if fit is None or call.q_offset is not None:
+        return
+    keys = min(call.k.shape[2], call.window or call.k.shape[2])
+    if fit.covers_length(keys) or call.phase in (config.threshold_scale_factor or {}):
+        return
+    assert fit.lengths is not None
+    side = "longer" if keys > fit.lengths[1] else "shorter"
+    key = f"{side} {call.phase} than {fit.lengths} on {geometry.name}"
+    if key not in _said:
+        _said.add(key)
+        logger.warning(
+            "%s: a request of %d keys in %s is extrapolated: %s was calibrated from %d to %d keys",
+            config.method,
+            keys,
+            call.phase,
+            geometry.name,
+            *fit.lengths,
+        )
+
+
 def config_for(model_config: Any, method: MethodName) -> SparseAttentionConfig:
     """The settings that a transformers config carries for `method`; without any, the defaults.
 
@@ -164,8 +196,10 @@ def config_for(model_config: Any, method: MethodName) -> SparseAttentionConfig:
     if cached is not None and cached[0] is model_config and cached[1] == (method, repr(data)):
         return cached[2]
     found = None if model_config is None else SparseAttentionConfig.from_model_config(model_config)
-    if found is None or found.method != method:
+    if found is None:
         found = SparseAttentionConfig(method=method)
+    elif found.method != method:  # one calibration serves both
+        found = replace(found, method=method)
     _cache.clear()  # one entry is enough: a model's layers ask one after the other
     _cache[id(model_config)] = (model_config, (method, repr(data)), found)
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attention.types import PHASES, AttentionCall, AttentionResult, Phase
+from hf_sparse_attention.types import PHASES, AttentionCall, AttentionResult, BlockGeometry, Phase
 
 ATTRIBUTE = "_sparse_attention_stats"
 
@@ -70,11 +70,15 @@ class Stats:
         self._sketches: dict[tuple[Phase, int], Tensor] = {}  # int64 [_BINS]
         self._largest: dict[tuple[Phase, int], Tensor] = {}  # float32 []
         self._dense: dict[tuple[Phase, int, str], Tensor] = {}  # int64 [], calls by reason
+        self._geometries: dict[tuple[Phase, str], bool] = {}  # those that ran, by name
 
-    def record(self, layer: int, call: AttentionCall, result: AttentionResult) -> None:
-        """Adds one attention that a block-skipping backend has computed."""
+    def record(
+        self, layer: int, call: AttentionCall, result: AttentionResult, geometry: BlockGeometry
+    ) -> None:
+        """Adds one attention that a block-skipping backend computed on blocks of `geometry`."""
         if _is_recomputation() or result.counts is None:
             return
+        self._geometries[call.phase, geometry.name] = True
         key = (call.phase, layer)
         if key in self._counts and len(self._counts[key]) != call.q.shape[1]:
             # Another stack of layers in the same model, such as a vision tower.
@@ -149,6 +153,10 @@ class Stats:
                 found[reason] = found.get(reason, 0) + int(calls)
         return found
 
+    def geometries(self, phase: Phase) -> list[str]:
+        """The blocks that ran in `phase`, by name, such as `["64x1"]`."""
+        return sorted(name for each, name in self._geometries if each == phase)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready: by phase, then by layer, with lists over heads."""
         data: dict[str, Any] = {"sparsity": self.sparsity()}
@@ -166,6 +174,7 @@ class Stats:
                 }
             data[phase] = {
                 "sparsity": self.sparsity(phase),
+                "geometries": self.geometries(phase),
                 "dropped_mass": self.dropped_mass(phase),
                 "dense": self.dense(phase),
                 "layers": layers,
@@ -200,6 +209,8 @@ class Stats:
             for row in rows
         ]
         for phase in PHASES:
+            if names := self.geometries(phase):
+                lines.append(f"blocks in {phase}: {', '.join(names)}")
             reasons = self.dense(phase).items()
             lines += [f"dense in {phase}, {calls} calls: {reason}" for reason, calls in reasons]
         lines.append(

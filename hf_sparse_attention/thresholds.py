@@ -1,21 +1,23 @@
-"""BSFA's threshold tables and the file they live in, `sparse_attention_thresholds.safetensors`.
+"""The threshold file beside config.json, `sparse_attention_thresholds.safetensors`, and its tables.
 
-The file is safetensors, never pickle. Its tensors are named `<geometry>.<phase>`, its metadata
-carries the schema version, the levels, the geometry and the fingerprint of the model it was
-calibrated on. `config.json` pins the file by sha256.
+One file serves every geometry and both methods. It is safetensors, never pickle; `config.json` pins
+it by sha256. Its tensors, all float32, are named `<geometry>.<phase>.<kind>`:
+
+- `T` `[levels, layers, heads, query blocks]`: BSFA's thresholds (section 4.2 of the paper);
+- `log_a` and `b`, both `[layers, heads]`: BLASST's coefficients of each layer and head.
+
+Its metadata carries the schema version, the levels, the geometries and the fingerprint of the model
+that was calibrated. Version 1 knew one geometry and `T` only, named `<geometry>.<phase>`.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,115 +25,75 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
+from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.types import PHASES, BlockGeometry, Phase
 
 THRESHOLDS_NAME = "sparse_attention_thresholds.safetensors"
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ModelFingerprint:
-    """What tells one model's thresholds from another's; None means unknown and matches anything.
-
-    Args:
-        architecture: transformers' `model_type`, for example `"llama"`.
-        layers: decoder layers; heads: query heads; kv_heads: key/value heads; head_dim: D.
-    """
-
-    architecture: str | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> ModelFingerprint:
-        """Reads a transformers config, or the dict that its config.json holds."""
-        if isinstance(config, Mapping):
-            read = config.get("text_config", config).get
-        else:
-            text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            read = functools.partial(_attribute, text)
-
-        def get(name: str, otherwise: Any = None) -> Any:
-            try:
-                value = read(name)
-            except RuntimeError:  # layers differ in it (Gemma 4), and the config refuses to choose
-                return None
-            return otherwise if value is None else value
-
-        heads, width = get("num_attention_heads"), get("hidden_size")
-        head_dim = get("head_dim", otherwise=width // heads if heads and width else None)
-        return cls(
-            architecture=get("model_type"),
-            layers=get("num_hidden_layers"),
-            heads=heads,
-            kv_heads=get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-        )
-
-    def differences(self, other: ModelFingerprint) -> list[str]:
-        """`"layers: expected 2, got 4"` for each field that both know and that differs."""
-        found = []
-        for name in (f.name for f in fields(self)):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is not None and theirs is not None and mine != theirs:
-                found.append(f"{name}: expected {mine!r}, got {theirs!r}")
-        return found
+SCHEMA_VERSION = 2
+KINDS = ("T", "log_a", "b")
 
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """BSFA's T (section 4.2 of the paper): scores below T are skipped.
+    """What is too big for JSON: tables by layer and head.
+
+    Heads are the layer's query heads, by their global numbers; layers and heads that were not
+    calibrated hold -inf in `T` and `log_a`, which never skips.
 
     Args:
-        prefill: `[levels, layers, heads, query blocks]` float32. Query block i stands for the
-            positions `i * block_q` to `(i + 1) * block_q - 1` of a request; `-inf` never skips.
-        decode: `[levels, layers, heads, position blocks]` float32, the same for single positions;
-            None if decoding was not calibrated.
-        levels: k of each table, the number of blocks that compete and are kept, ascending.
-        geometry: the blocks that the tables were calibrated on.
+        tensors: by name, `<geometry>.<phase>.<kind>`; see the top of this file. Query block i of a
+            `T` stands for the positions `i * block_q` to `(i + 1) * block_q - 1` of a request, in
+            decode for single positions.
+        geometries: the blocks that the tables were calibrated on, by name.
+        levels: k of each `T`, the number of blocks that compete and are kept, ascending.
         keep_sink: whether block 0 was always kept, so that it did not compete for one of the k
             places.
         fingerprint: the model that the tables belong to.
 
     Raises:
-        ValueError: for wrong shapes, NaN, or levels that are not ascending and positive.
+        ValueError: for unknown names, wrong shapes, NaN, or levels that are not ascending and
+            positive.
     """
 
-    prefill: Tensor
-    decode: Tensor | None
-    levels: list[int]
-    geometry: BlockGeometry
+    tensors: dict[str, Tensor]
+    geometries: dict[str, BlockGeometry]
+    levels: list[int] = field(default_factory=list)
     keep_sink: bool = True
-    fingerprint: ModelFingerprint = ModelFingerprint()
+    fingerprint: ModelFingerprint = field(default_factory=ModelFingerprint)
 
     def __post_init__(self) -> None:
-        if not self.levels or list(self.levels) != sorted({k for k in self.levels if k > 0}):
+        if list(self.levels) != sorted({k for k in self.levels if k > 0}):
             raise ValueError(f"levels: expected ascending positive integers, got {self.levels}")
-        for phase, table in self.tables.items():
-            if table.dim() != 4 or table.shape[0] != len(self.levels) or table.numel() == 0:
+        for name, geometry in self.geometries.items():
+            if geometry.name != name:
+                raise ValueError(f"geometries: expected {geometry.name!r}, got it under {name!r}")
+        known = [f"{g}.{p}.{kind}" for g in self.geometries for p in PHASES for kind in KINDS]
+        if unknown := sorted(set(self.tensors) - set(known)):
+            raise ValueError(f"tensors: expected names of {known}, got {unknown}")
+        if not self.tensors:
+            raise ValueError(f"tensors: expected at least one of {known}, got none")
+        shapes = {name: _check_table(name, x, self.levels) for name, x in self.tensors.items()}
+        first = next(iter(shapes))
+        for name, shape in shapes.items():
+            if shape != shapes[first]:
                 raise ValueError(
-                    f"{phase} thresholds: expected [levels={len(self.levels)}, layers, heads, "
-                    f"blocks], got {list(table.shape)}"
+                    f"{name}: expected layers and heads as in {first}, {list(shapes[first])}, "
+                    f"got {list(shape)}"
                 )
-            if table.dtype != torch.float32:
-                raise ValueError(f"{phase} thresholds: expected torch.float32, got {table.dtype}")
-            if bool(table.isnan().any()):
-                raise ValueError(f"{phase} thresholds: expected numbers or -inf, got NaN")
-            if table.shape[1:3] != self.prefill.shape[1:3]:
-                raise ValueError(
-                    f"{phase} thresholds: expected layers and heads as in prefill, "
-                    f"{list(self.prefill.shape[1:3])}, got {list(table.shape[1:3])}"
-                )
+        for name in self.tensors:
+            prefix, _, kind = name.rpartition(".")
+            other = {"log_a": "b", "b": "log_a"}.get(kind)
+            if other is not None and f"{prefix}.{other}" not in self.tensors:
+                raise ValueError(f"{name}: expected {prefix}.{other} beside it, got none")
 
-    @property
-    def tables(self) -> dict[Phase, Tensor]:
-        """The tables that are there, by phase."""
-        found: dict[Phase, Tensor] = {"prefill": self.prefill}
-        if self.decode is not None:
-            found["decode"] = self.decode
-        return found
+    def table(self, geometry: str, phase: Phase) -> Tensor | None:
+        """BSFA's T `[levels, layers, heads, query blocks]`, if it was calibrated."""
+        return self.tensors.get(f"{geometry}.{phase}.T")
+
+    def coefficients(self, geometry: str, phase: Phase) -> tuple[Tensor, Tensor] | None:
+        """BLASST's `ln a` and `b` by layer and head, each `[layers, heads]`, if there are any."""
+        log_a = self.tensors.get(f"{geometry}.{phase}.log_a")
+        return None if log_a is None else (log_a, self.tensors[f"{geometry}.{phase}.b"])
 
     def level_index(self, level: int) -> int:
         """The first index of the tables for k = `level`.
@@ -148,14 +110,11 @@ class Thresholds:
         metadata = {
             "schema_version": str(SCHEMA_VERSION),
             "levels": json.dumps(list(self.levels)),
-            "geometry": json.dumps(asdict(self.geometry)),
+            "geometries": json.dumps({n: asdict(g) for n, g in self.geometries.items()}),
             "keep_sink": json.dumps(self.keep_sink),
             "fingerprint": json.dumps(asdict(self.fingerprint)),
         }
-        tensors = {
-            f"{self.geometry.name}.{phase}": table.cpu().contiguous()
-            for phase, table in self.tables.items()
-        }
+        tensors = {name: x.cpu().contiguous() for name, x in self.tensors.items()}
         data = dump_safetensors(tensors, metadata)
         write_atomically(Path(folder) / name, data)
         return {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
@@ -182,7 +141,7 @@ class Thresholds:
         """
         file = Path(file)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: expected a BSFA threshold file, found none")
+            raise FileNotFoundError(f"{file}: expected a threshold file, found none")
         data = file.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256.lower():
@@ -210,22 +169,38 @@ class Thresholds:
                 f"schema version: expected 1 to {SCHEMA_VERSION}, found {version or 'none'}"
                 + ("; a newer hf-sparse-attention can read it" if version else "")
             )
-        geometry = BlockGeometry(**json.loads(metadata["geometry"]))
-        names = {f"{geometry.name}.{phase}": phase for phase in PHASES}
-        if unknown := sorted(tensors.keys() - names):
-            raise ValueError(f"tensors: expected {sorted(names)}, found {unknown}")
+        if version == 1:
+            geometry = json.loads(metadata["geometry"])
+            name = BlockGeometry(**geometry).name
+            metadata["geometries"] = json.dumps({name: geometry})
+            tensors = {f"{name}.T": x for name, x in tensors.items()}
+        geometries = json.loads(metadata["geometries"])
         return cls(
-            prefill=tensors[f"{geometry.name}.prefill"],
-            decode=tensors.get(f"{geometry.name}.decode"),
+            tensors,
+            {name: BlockGeometry(**x) for name, x in geometries.items()},
             levels=json.loads(metadata["levels"]),
-            geometry=geometry,
             keep_sink=json.loads(metadata["keep_sink"]),
             fingerprint=ModelFingerprint(**json.loads(metadata["fingerprint"])),
         )
 
 
-def _attribute(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
+def _check_table(name: str, table: Tensor, levels: list[int]) -> tuple[int, int]:
+    """The `(layers, heads)` of a table, whose shape, dtype and values are as they should be."""
+    wanted = "[layers, heads]"
+    fits = table.dim() == 2
+    if name.endswith(".T"):
+        wanted = f"[levels={len(levels)}, layers, heads, blocks]"
+        fits = table.dim() == 4 and table.shape[0] == len(levels)
+    if not fits or table.numel() == 0:
+        raise ValueError(f"{name}: expected {wanted}, got {list(table.shape)}")
+    if table.dtype != torch.float32:
+        raise ValueError(f"{name}: expected torch.float32, got {table.dtype}")
+    if bool(table.isnan().any()):
+        raise ValueError(f"{name}: expected numbers or -inf, got NaN")
+    if name.endswith(".b") and not bool(table.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got infinite ones")
+    layers, heads = table.shape[-3:-1] if name.endswith(".T") else table.shape
+    return layers, heads
 
 
 def _reason(error: Exception) -> str:

@@ -30,7 +30,9 @@ def tables(config: Any) -> Thresholds:
     everything = torch.tensor(1e9)
     table = torch.where(skips, everything, -torch.inf)[None, :, :, None].expand(1, -1, -1, 4)
     fingerprint = ModelFingerprint.of(config)
-    return Thresholds(table.clone(), table.clone(), [4], GEOMETRY, fingerprint=fingerprint)
+    name = GEOMETRY.name
+    tensors = {f"{name}.{phase}.T": table.clone() for phase in ("prefill", "decode")}
+    return Thresholds(tensors, {name: GEOMETRY}, [4], fingerprint=fingerprint)
 
 
 def settings(config: Any) -> Iterator[tuple[str, SparseAttentionConfig]]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import tiny_models
@@ -21,6 +22,8 @@ from hf_sparse_attention.types import BlockGeometry
 class Made:
     """Histograms in which sparsity s needs exactly the scale factor a * exp(b * s)."""
 
+    geometries: ClassVar = {"64x64": BlockGeometry()}
+
     def __init__(self, a, b, lengths=(1000, 2000)):
         self.a, self.b, self.n = a, b, lengths
 
@@ -37,11 +40,14 @@ class Made:
 
 
 def test_the_fit_recovers_its_own_formula():
-    factors, report = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.3, 0.5, 0.7])
+    fit = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.3, 0.5, 0.7])
     for phase in ("prefill", "decode"):
-        assert factors[phase] == pytest.approx({"a": 2.0, "b": 6.0}, rel=2e-2)
-        assert report[phase]["r2"] > 0.999
-        assert report[phase]["predicted"]["1000"]["0.5"] == pytest.approx(0.5, abs=5e-3)
+        found = fit.phases[phase]
+        assert (found.a, found.b) == pytest.approx((2.0, 6.0), rel=2e-2)
+        assert found.r2 > 0.999
+        assert found.residual < 0.05  # a bin is 1/16 wide
+        assert (found.lengths, found.sparsity) == ((1000, 2000), (0.3, 0.7))
+        assert found.predicted["1000"]["0.5"] == pytest.approx(0.5, abs=5e-3)
 
 
 def test_decode_is_fitted_where_requests_of_these_lengths_decode():
@@ -51,16 +57,16 @@ def test_decode_is_fitted_where_requests_of_these_lengths_decode():
         def lengths(self, phase):
             return [1000, 2000] if phase == "prefill" else [64, 499, 500, 1000, 2000]
 
-    _, report = fit_blasst(WithShortPositions(a=2.0, b=6.0), "64x64", [0.5])
-    assert report["decode"]["lengths"] == [500, 1000, 2000]
-    assert report["prefill"]["lengths"] == [1000, 2000]
+    fit = fit_blasst(WithShortPositions(a=2.0, b=6.0), "64x64", [0.5])
+    assert fit.phases["decode"].lengths == (500, 2000)
+    assert fit.phases["prefill"].lengths == (1000, 2000)
 
 
 def test_one_target_gives_version_one():
-    factors, report = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.5])
-    assert factors["decode"]["b"] == 0.0
-    assert factors["decode"]["a"] == pytest.approx(2.0 * math.exp(3.0), rel=1e-2)
-    assert report["decode"]["r2"] is None
+    fit = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.5]).phases["decode"]
+    assert fit.b == 0.0
+    assert fit.a == pytest.approx(2.0 * math.exp(3.0), rel=1e-2)
+    assert fit.r2 is None
 
 
 def test_a_target_out_of_reach_is_refused():
@@ -94,7 +100,7 @@ def test_bsfa_on_unseen_inputs(model):
     config = calibrate(
         model, tokens(480, 6), method="bsfa", levels=(4, 8), geometry=geometry, progress=False
     )
-    assert config.tables.prefill.shape == (2, 2, 4, 30)
+    assert config.tables.table("16x16", "prefill").shape == (2, 2, 4, 30)
     assert config.levels == [4, 8]
     for level in (4, 8):
         set_sparse_attention(model, config, level=level, min_length=0, backend="reference")
@@ -118,7 +124,7 @@ def test_blasst_on_unseen_inputs(model, targets):
         progress=False,
     )
     assert config.target_sparsity == {"prefill": 0.5, "decode": 0.5}
-    assert (config.threshold_scale_factor["prefill"]["b"] == 0) == (targets == 0.5)
+    assert (config.fits["4x16"].phases["prefill"].b == 0) == (targets == 0.5)
     set_sparse_attention(model, config, min_length=0, backend="reference")
     stats = run(model)
     assert stats.sparsity("prefill") == pytest.approx(0.5, abs=0.03)
@@ -171,8 +177,9 @@ def test_calibration_is_dense(model):
     expected = calibrate(model, data, geometry=BlockGeometry(4, 8), levels=(1,), progress=False)
     set_sparse_attention(model, config, min_length=0, backend="reference")
     actual = calibrate(model, data, geometry=BlockGeometry(4, 8), levels=(1,), progress=False)
-    torch.testing.assert_close(actual.tables.prefill, expected.tables.prefill)
-    assert not torch.equal(actual.tables.prefill, config.tables.prefill)
+    torch.testing.assert_close(actual.tables.tensors, expected.tables.tensors)
+    other = config.tables.table("4x8", "prefill")
+    assert not torch.equal(actual.tables.table("4x8", "prefill"), other)
 
 
 def test_lengths_cut_the_samples(model):
@@ -185,7 +192,7 @@ def test_lengths_cut_the_samples(model):
         progress=False,
     )
     assert config.provenance["lengths"] == [64, 256]
-    assert config.tables.prefill.shape[-1] == 16
+    assert config.tables.table("16x16", "prefill").shape[-1] == 16
 
 
 @pytest.mark.parametrize(

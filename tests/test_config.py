@@ -48,8 +48,8 @@ FULL = SparseAttentionConfig(
 
 
 def thresholds(**settings):
-    settings = {"geometry": BlockGeometry(), "levels": [2, 4], **settings}
-    return Thresholds(torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 5), **settings)
+    tensors = {f"64x64.{phase}.T": torch.randn(2, 2, 4, 5) for phase in ("prefill", "decode")}
+    return Thresholds(tensors, {"64x64": BlockGeometry()}, levels=[2, 4], **settings)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ NAN, INF = math.nan, math.inf
         ({"keep_sink": 1}, "keep_sink: expected True or False, got 1"),
         ({"targets": "LlamaAttention"}, "targets: expected a list of names, got 'LlamaAttention'"),
         ({"thresholds_file": {"name": "x"}}, "thresholds_file: expected 'name' and 'sha256'"),
-        ({"schema_version": 2}, "schema_version: expected 1, got 2"),
+        ({"schema_version": 3}, "schema_version: expected 2, got 3"),
     ],
 )
 def test_bad_values_name_expected_and_got(settings, message):
@@ -206,7 +206,7 @@ def test_bad_values_name_expected_and_got(settings, message):
     ("data", "message"),
     [
         ({"hf_sparse_attention": {"methd": "blasst"}}, r"expected keys of .*got \['methd'\]"),
-        ({"hf_sparse_attention": {"schema_version": 2}}, "expected 1 to 1, got 2; a newer"),
+        ({"hf_sparse_attention": {"schema_version": 3}}, "expected 1 to 2, got 3; a newer"),
         ({"hf_sparse_attention": 3}, "hf_sparse_attention: expected a dict, got 3"),
         ({"window": 3}, r"expected the key 'hf_sparse_attention' or one group.*\['window'\]"),
         ({"config_groups": {"a": _group(), "b": _group()}}, "one skip-softmax group, got 2"),
@@ -234,8 +234,7 @@ def test_save_and_load_with_tables(tmp_path):
     assert loaded.level == 4
     assert loaded.levels == [2, 4]
     assert loaded.thresholds_file["name"] == THRESHOLDS_NAME
-    torch.testing.assert_close(loaded.tables.prefill, config.tables.prefill)
-    torch.testing.assert_close(loaded.tables.decode, config.tables.decode)
+    torch.testing.assert_close(loaded.tables.tensors, config.tables.tensors)
     assert not list(tmp_path.glob(".*")), "temporary files are left"
 
 
@@ -275,7 +274,7 @@ def test_a_checkpoint_carries_its_settings(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     found = SparseAttentionConfig.from_model_config(loaded.config)
-    torch.testing.assert_close(found.tables.prefill, config.tables.prefill)
+    torch.testing.assert_close(found.tables.tensors, config.tables.tensors)
     (tmp_path / THRESHOLDS_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=THRESHOLDS_NAME):
         SparseAttentionConfig.from_model_config(loaded.config)

@@ -10,7 +10,7 @@ from hf_sparse_attention.backends import reference
 from hf_sparse_attention.config import METHOD_NAMES, SparseAttentionConfig
 from hf_sparse_attention.methods import DEFAULT_MAX_DROPPED_MASS, METHODS
 from hf_sparse_attention.thresholds import Thresholds
-from hf_sparse_attention.types import LARGEST_LAMBDA, AttentionCall, BlockGeometry, SkipRule
+from hf_sparse_attention.types import LARGEST_LAMBDA, PHASES, AttentionCall, BlockGeometry, SkipRule
 
 GEOMETRY = BlockGeometry(16, 16)
 
@@ -28,20 +28,19 @@ def left_padded(batch, kv_len, paddings):
     return valid
 
 
-def tables(levels=(2, 4), layers=3, heads=4, blocks=5, around=0.0, **settings):
-    settings = {"geometry": GEOMETRY, **settings}
-    prefill, decode = (around + torch.randn(len(levels), layers, heads, blocks) for _ in range(2))
-    return Thresholds(prefill, decode, list(levels), **settings)
+def tables(levels=(2, 4), layers=3, heads=4, blocks=5, around=0.0, geometry=GEOMETRY, **settings):
+    shape = len(levels), layers, heads, blocks
+    tensors = {f"{geometry.name}.{p}.T": around + torch.randn(shape) for p in PHASES}
+    return Thresholds(tensors, {geometry.name: geometry}, list(levels), **settings)
 
 
 def bsfa(thresholds, **settings):
-    return SparseAttentionConfig(
-        method="bsfa", tables=thresholds, geometry=thresholds.geometry, **settings
-    )
+    return SparseAttentionConfig(method="bsfa", tables=thresholds, **settings)
 
 
 def rule_of(config, call, layer=0) -> SkipRule:
-    return METHODS[config.method].rule(config, layer, call)
+    method = METHODS[config.method]
+    return method.rule(config, layer, call, method.geometries(config)[0])
 
 
 def test_every_name_has_a_method():
@@ -179,7 +178,9 @@ def test_thresholds_are_those_of_level_layer_head_and_block(level, layer):
     call = attention_call(70, 70, heads=3, kv_heads=3)
     rule = rule_of(bsfa(thresholds, level=level), call, layer)
     row = 0 if level == 2 else 1  # None: the largest k
-    torch.testing.assert_close(rule.block_threshold[0], thresholds.prefill[row, layer, :3])
+    torch.testing.assert_close(
+        rule.block_threshold[0], thresholds.table("16x16", "prefill")[row, layer, :3]
+    )
     assert rule.keep_sink
 
 
@@ -214,7 +215,7 @@ def test_positions_are_the_requests_own(q_len, kv_len, settings, blocks):
     thresholds = tables()
     call = attention_call(q_len, kv_len, batch=len(blocks), **settings)
     threshold = rule_of(bsfa(thresholds, level=4), call, layer=1).block_threshold
-    table = thresholds.tables[call.phase][1, 1]
+    table = thresholds.table("16x16", call.phase)[1, 1]
     torch.testing.assert_close(threshold, torch.stack([table[:, row] for row in blocks]))
 
 
@@ -231,7 +232,8 @@ def test_a_padded_request_decides_as_it_would_alone():
 
 
 def test_prefill_thresholds_leave_decoding_exact_and_say_so():
-    thresholds = replace(tables(), decode=None)
+    thresholds = tables()
+    del thresholds.tensors["16x16.decode.T"]
     config = bsfa(thresholds)
     assert rule_of(config, attention_call(1, 64)).is_never
     assert "decod" in METHODS["bsfa"].notes(config)[0]
@@ -311,16 +313,16 @@ def test_rules_compile_once_for_all_values_and_lengths(name):
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def compiled(q, k, valid, offset):
         call = AttentionCall(q, k, k, scale=1.0, key_valid=valid, q_offset=offset, window=300)
-        rule = METHODS[name].rule(holder.config, 1, call)
+        rule = METHODS[name].rule(holder.config, 1, call, GEOMETRY)
         return rule.log_lambda, rule.block_threshold, rule.max_dropped_mass
 
     for n in (48, 70, 91):
         for config in configs:
-            METHODS[name].prepare(config, torch.device("cpu"))
+            METHODS[name].prepare(config, torch.device("cpu"), GEOMETRY)
             holder.config = config
             call = attention_call(n, n + 20, batch=2, key_valid=left_padded(2, n + 20, [9, 0]))
             call = replace(call, q_offset=torch.tensor([20]), window=300)
-            rule = METHODS[name].rule(config, 1, call)
+            rule = METHODS[name].rule(config, 1, call, GEOMETRY)
             expected = (rule.log_lambda, rule.block_threshold, rule.max_dropped_mass)
             actual = compiled(call.q, call.k, call.key_valid, call.q_offset)
             torch.testing.assert_close(actual, expected)
@@ -331,6 +333,7 @@ def test_a_levels_table_starts_its_own_storage():
     """torch.compile may guard on a view's offset, and recompile for another level."""
     thresholds = tables()
     for level in (2, 4):
-        prepared = METHODS["bsfa"].prepare(bsfa(thresholds, level=level), torch.device("cpu"))
+        config = bsfa(thresholds, level=level)
+        prepared = METHODS["bsfa"].prepare(config, torch.device("cpu"), GEOMETRY)
         assert prepared["prefill.threshold"].storage_offset() == 0
         assert prepared["decode.threshold"].storage_offset() == 0

@@ -42,8 +42,8 @@ def test_counts_add_up_by_phase_layer_and_head():
     decode = attention(q_len=1)
     for layer, entries in calls.items():
         for call, result in entries:
-            stats.record(layer, call, result)
-    stats.record(0, *decode)
+            stats.record(layer, call, result, GEOMETRY)
+    stats.record(0, *decode, GEOMETRY)
     for layer, entries in calls.items():
         expected = sum(result.counts[0] for _, result in entries)
         torch.testing.assert_close(stats.counts("prefill")[layer], expected)
@@ -60,7 +60,7 @@ def test_the_sketch_bounds_the_quantiles_from_above_and_keeps_the_exact_max():
     stats = Stats()
     values = torch.rand(4000).double() ** 6 * 0.9
     for part in values.float().split(500):
-        stats.record(0, *fake(part.tolist()))
+        stats.record(0, *fake(part.tolist()), GEOMETRY)
     found = stats.dropped_mass("prefill", 0)
     for name, q in (("p50", 0.5), ("p99", 0.99)):
         exact = values.quantile(q).item()
@@ -73,24 +73,24 @@ def test_the_sketch_bounds_the_quantiles_from_above_and_keeps_the_exact_max():
 def test_rows_that_see_no_key_are_no_evidence():
     stats = Stats()
     infinity = -torch.inf
-    stats.record(0, *fake([0.0] * 90 + [0.5] * 10, lse=[infinity] * 90 + [1.0] * 10))
+    stats.record(0, *fake([0.0] * 90 + [0.5] * 10, lse=[infinity] * 90 + [1.0] * 10), GEOMETRY)
     assert stats.dropped_mass("prefill")["p50"] == pytest.approx(0.5, rel=0.16)
     padded = Stats()
-    padded.record(0, *attention(padding=80))
+    padded.record(0, *attention(padding=80), GEOMETRY)
     assert int(padded._sketches["prefill", 0].sum()) == 4 * 16
 
 
 def test_nothing_dropped_reads_zero():
     stats = Stats()
-    stats.record(0, *fake([0.0, 0.0]))
+    stats.record(0, *fake([0.0, 0.0]), GEOMETRY)
     assert stats.dropped_mass("prefill") == {"p50": 0.0, "p99": 0.0, "max": 0.0}
 
 
 def test_empty_calls_and_results_without_counts():
     stats = Stats()
     call, result = fake([])
-    stats.record(0, call, result)
-    stats.record(1, call, AttentionResult(result.out))
+    stats.record(0, call, result, GEOMETRY)
+    stats.record(1, call, AttentionResult(result.out), GEOMETRY)
     assert stats.layers == [0]
     assert stats.dropped_mass("prefill") is None
 
@@ -108,8 +108,8 @@ def test_dense_calls_are_counted_by_reason():
 
 def test_dict_is_json_and_table_shows_every_layer():
     stats = Stats()
-    stats.record(0, *attention())
-    stats.record(12, *attention(q_len=2))
+    stats.record(0, *attention(), GEOMETRY)
+    stats.record(12, *attention(q_len=2), GEOMETRY)
     stats.record_dense(12, attention()[0], "short")
     data = json.loads(json.dumps(stats.to_dict()))
     layer = data["prefill"]["layers"]["0"]
@@ -136,9 +136,9 @@ def test_plot(tmp_path):
     stats = Stats()
     with pytest.raises(ValueError, match="expected recorded attentions, got none"):
         stats.plot(tmp_path / "none.png")
-    stats.record(0, *attention())
-    stats.record(2, *attention())  # layer 1 is missing, and stays blank
-    stats.record(0, *attention(q_len=1))
+    stats.record(0, *attention(), GEOMETRY)
+    stats.record(2, *attention(), GEOMETRY)  # layer 1 is missing, and stays blank
+    stats.record(0, *attention(q_len=1), GEOMETRY)
     stats.plot(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -167,7 +167,7 @@ def test_inference_mode_may_come_and_go():
     stats = Stats()
     for inference in (True, False, True):
         with torch.inference_mode(inference):
-            stats.record(0, *fake([0.5], counts=torch.tensor([[[10, 4]]])))
+            stats.record(0, *fake([0.5], counts=torch.tensor([[[10, 4]]])), GEOMETRY)
             stats.record_dense(0, fake([0.5])[0], "short")
     assert stats.counts("prefill")[0].tolist() == [[30, 12]]
     assert stats.dense() == {"short": 3}
@@ -183,7 +183,7 @@ def test_compiled_forwards_are_counted_without_recompiling():
         call = AttentionCall(q, q, q, scale=1.0)
         stats = getattr(model, ATTRIBUTE, None)
         if stats is not None:
-            stats.record(0, call, AttentionResult(q, lse, counts, dropped_mass=dropped))
+            stats.record(0, call, AttentionResult(q, lse, counts, dropped_mass=dropped), GEOMETRY)
             stats.record_dense(1, call, "short")
         return q + 1
 
@@ -196,7 +196,9 @@ def test_compiled_forwards_are_counted_without_recompiling():
             q, lse = torch.randn(1, 4, n, 8), torch.zeros(1, 4, n)
             forward(q, counts, dropped, lse)
             call = AttentionCall(q, q, q, scale=1.0)
-            expected.record(0, call, AttentionResult(q, lse, counts, dropped_mass=dropped))
+            expected.record(
+                0, call, AttentionResult(q, lse, counts, dropped_mass=dropped), GEOMETRY
+            )
             expected.record_dense(1, call, "short")
             frames.append(counter.frame_count)
     assert stats.to_dict() == expected.to_dict()
@@ -212,7 +214,7 @@ def test_a_recomputed_forward_is_not_counted_again(reentrant):
         runs.append(1)
         call = AttentionCall(x, x, x, scale=1.0)
         result = reference.run(call, SkipRule.budget(0.5), GEOMETRY)
-        stats.record(0, call, result)
+        stats.record(0, call, result, GEOMETRY)
         stats.record_dense(0, call, "short")
         return result.out.transpose(1, 2)
 

@@ -14,15 +14,23 @@ from hf_sparse_attention.types import BlockGeometry
 FINGERPRINT = ModelFingerprint("llama", layers=2, heads=4, kv_heads=2, head_dim=16)
 
 
+FINE, COARSE = BlockGeometry(64, 1), BlockGeometry(64, 128, "ascending", 512)
+
+
 @pytest.fixture
 def thresholds():
-    prefill = torch.randn(3, 2, 4, 5)
-    prefill[:, :, :, :2] = -torch.inf
+    """BSFA's tables for two geometries, and BLASST's by head for one."""
+    tensors = {
+        f"{geometry.name}.{phase}.T": torch.randn(3, 2, 4, blocks)
+        for geometry, blocks in ((FINE, 5), (COARSE, 6))
+        for phase in ("prefill", "decode")
+    }
+    tensors["64x128.prefill.T"][:, :, :, :2] = -torch.inf
+    tensors |= {f"64x1.decode.{kind}": torch.randn(2, 4) for kind in ("log_a", "b")}
     return Thresholds(
-        prefill,
-        torch.randn(3, 2, 4, 6),
+        tensors,
+        {geometry.name: geometry for geometry in (FINE, COARSE)},
         [2, 4, 8],
-        BlockGeometry(64, 128, "ascending", 512),
         keep_sink=False,
         fingerprint=FINGERPRINT,
     )
@@ -43,15 +51,18 @@ def test_round_trip(tmp_path, thresholds):
         tmp_path / THRESHOLDS_NAME, sha256=pin["sha256"], fingerprint=FINGERPRINT
     )
     assert pin["name"] == THRESHOLDS_NAME
-    torch.testing.assert_close(loaded.prefill, thresholds.prefill)
-    torch.testing.assert_close(loaded.decode, thresholds.decode)
-    for name in ("levels", "geometry", "keep_sink", "fingerprint"):
+    torch.testing.assert_close(loaded.tensors, thresholds.tensors)
+    for name in ("levels", "geometries", "keep_sink", "fingerprint"):
         assert getattr(loaded, name) == getattr(thresholds, name)
 
 
-def test_decode_may_be_missing(tmp_path, thresholds):
-    replace(thresholds, decode=None).save(tmp_path)
-    assert Thresholds.load(tmp_path / THRESHOLDS_NAME).decode is None
+def test_tables_by_geometry_phase_and_kind(thresholds):
+    assert thresholds.table("64x128", "decode") is thresholds.tensors["64x128.decode.T"]
+    assert thresholds.table("64x64", "decode") is None
+    log_a, b = thresholds.coefficients("64x1", "decode")
+    assert log_a is thresholds.tensors["64x1.decode.log_a"]
+    assert b is thresholds.tensors["64x1.decode.b"]
+    assert thresholds.coefficients("64x128", "decode") is None
 
 
 def test_missing(tmp_path):
@@ -98,10 +109,13 @@ def test_another_model(tmp_path, thresholds):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"schema_version": "2"}, "schema version: expected 1 to 1, found 2; a newer"),
+        ({"schema_version": "3"}, "schema version: expected 1 to 2, found 3; a newer"),
         ({"schema_version": "x"}, "invalid literal"),
-        ({"geometry": "{}"}, r"tensors: expected \['64x64.decode', '64x64.prefill'\], found"),
-        ({"levels": "[2, 4]"}, r"expected \[levels=2, layers, heads, blocks\], got \[3, 2, 4, 5\]"),
+        ({"geometries": "{}"}, r"tensors: expected names of \[\], got \['64x1.decode.T'"),
+        (
+            {"levels": "[2, 4]"},
+            r"expected \[levels=2, layers, heads, blocks\], got \[3, 2, 4, [56]\]",
+        ),
         ({"levels": "[4, 2, 8]"}, r"ascending positive integers, got \[4, 2, 8\]"),
         ({"levels": "{"}, "."),
     ],
@@ -126,29 +140,39 @@ def test_nan_in_the_file(tmp_path, thresholds):
     thresholds.save(tmp_path)
     file = tmp_path / THRESHOLDS_NAME
     tensors = load_file(file)
-    tensors["64x128.decode"][0, 1, 2, 3] = torch.nan
+    tensors["64x128.decode.T"][0, 1, 2, 3] = torch.nan
     save_file(tensors, file, metadata_of(file))
-    with pytest.raises(ValueError, match=rf"{THRESHOLDS_NAME}: decode thresholds: .*got NaN"):
+    with pytest.raises(ValueError, match=rf"{THRESHOLDS_NAME}.*64x128.decode.T: .*got NaN"):
         Thresholds.load(file)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("tensors", "message"),
     [
-        ({"prefill": torch.zeros(3, 2, 4)}, r"got \[3, 2, 4\]"),
-        ({"prefill": torch.zeros(3, 2, 4, 0)}, r"got \[3, 2, 4, 0\]"),
+        ({"64x1.decode.T": torch.zeros(3, 2, 4)}, r"got \[3, 2, 4\]"),
+        ({"64x1.decode.T": torch.zeros(3, 2, 4, 0)}, r"got \[3, 2, 4, 0\]"),
+        ({"64x1.decode.T": torch.zeros(3, 2, 5, 5)}, r"as in 64x1.*\[2, 4\], got \[2, 5\]"),
         (
-            {"prefill": torch.zeros(3, 2, 4, 5).double()},
-            "expected torch.float32, got torch.float64",
+            {"64x1.decode.b": torch.zeros(2, 4).double()},
+            "float32, got torch.float64",
         ),
-        ({"decode": torch.zeros(3, 2, 5, 5)}, r"as in prefill, \[2, 4\], got \[2, 5\]"),
-        ({"levels": [0, 2, 4]}, r"got \[0, 2, 4\]"),
-        ({"levels": []}, r"got \[\]"),
+        ({"64x1.decode.b": torch.full((2, 4), torch.inf)}, "64x1.decode.b: expected finite"),
+        ({"64x1.decode.log_a": torch.zeros(2, 4, 1)}, r"\[layers, heads\], got \[2, 4, 1\]"),
+        ({"64x1.prefill.b": torch.zeros(2, 4)}, "expected 64x1.prefill.log_a beside it"),
+        ({"64x1.decode": torch.zeros(2, 4)}, r"tensors: .*got \['64x1.decode'\]"),
+        ({"32x32.decode.T": torch.zeros(3, 2, 4, 5)}, r"got \['32x32.decode.T'\]"),
     ],
+    ids=["dims", "empty", "heads", "dtype", "infinite", "by-head", "alone", "kind", "geometry"],
 )
-def test_bad_tables(thresholds, changes, message):
+def test_bad_tables(thresholds, tensors, message):
     with pytest.raises(ValueError, match=message):
-        replace(thresholds, **changes)
+        replace(thresholds, tensors={**thresholds.tensors, **tensors})
+
+
+@pytest.mark.parametrize("levels", [[0, 2, 4], [4, 2, 8], []])
+def test_bad_levels(thresholds, levels):
+    with pytest.raises(ValueError, match="levels"):
+        replace(thresholds, levels=levels)
 
 
 def test_unknown_level(thresholds):

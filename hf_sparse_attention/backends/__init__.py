@@ -1,11 +1,13 @@
 """The backends, one module each, and the choice among them.
 
-A backend module has `NAME`, `GEOMETRIES` (names it can run, None for any), `available()` and
-`supports(call, rule, geometry)` (each None, or the reason why not) and `run(...)`.
+A backend module has `NAME`, `GEOMETRIES` (names it can run, None for any), `PREFERRED` (the names
+that suit it best, first choice first), `available()` and `supports(call, rule, geometry)` (each
+None, or the reason why not) and `run(...)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from hf_sparse_attention.backends import cpu, dense, reference
@@ -17,6 +19,7 @@ class Backend(Protocol):
 
     NAME: str
     GEOMETRIES: tuple[str, ...] | None
+    PREFERRED: tuple[str, ...]
 
     def available(self) -> str | None: ...
 
@@ -69,6 +72,27 @@ def select(
             return backend, reasons
         reasons[backend.NAME] = reason
     raise AssertionError("unreachable: the dense backend takes every call")
+
+
+def choose_geometry(
+    call: AttentionCall, geometries: Sequence[BlockGeometry], name: str = "auto"
+) -> BlockGeometry:
+    """Which of the calibrated `geometries` suits the backend that will run `call` best.
+
+    The first of them (they come with the default one first) where no backend prefers any: plain
+    torch runs all of them equally slowly.
+    """
+    if len(geometries) == 1:
+        return geometries[0]
+    by_name = {geometry.name: geometry for geometry in geometries}
+    for backend in BACKENDS.values():
+        if name not in ("auto", backend.NAME):
+            continue
+        for preferred in backend.PREFERRED:
+            geometry = by_name.get(preferred)
+            if geometry and _refusal(backend, call, SkipRule.never(), geometry) is None:
+                return geometry
+    return geometries[0]
 
 
 def _refusal(

@@ -21,6 +21,7 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeome
 
 NAME = "cpu"
 GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128", "64x1")
+PREFERRED = ("64x1", "64x64")  # single keys can be left out at no extra cost, and far more of them
 
 REPO_ID = "hf-sparse-attention/block-skip-attention"
 VERSION = 1

@@ -17,6 +17,7 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeome
 
 NAME = "dense"
 GEOMETRIES: tuple[str, ...] | None = None  # None: any, it has no blocks
+PREFERRED: tuple[str, ...] = ()
 
 #: Mask elements that are written out at a time.
 _MASK_ELEMENTS = 1 << 24

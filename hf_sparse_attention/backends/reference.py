@@ -25,6 +25,7 @@ from hf_sparse_attention.types import (
 
 NAME = "reference"
 GEOMETRIES: tuple[str, ...] | None = None  # None: any
+PREFERRED: tuple[str, ...] = ()
 
 
 def available() -> str | None:

@@ -17,7 +17,8 @@ from hf_sparse_attention.calibration.observation import Observations
 from hf_sparse_attention.calibration.processes import is_first
 from hf_sparse_attention.calibration.progress import forget, run
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
-from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
+from hf_sparse_attention.fingerprint import ModelFingerprint
+from hf_sparse_attention.thresholds import Thresholds
 from hf_sparse_attention.types import PHASES, BlockGeometry
 
 DEFAULT_LEVELS = (8, 16, 32, 64)
@@ -91,13 +92,12 @@ def calibrate(
         "lengths": sorted(set(tokens)),
     }
     if method == "blasst":
-        factors, fit = fit_blasst(observer, geometry.name, targets)
+        fit = fit_blasst(observer, geometry.name, targets)
         config = SparseAttentionConfig(
             method="blasst",
-            threshold_scale_factor=factors,
-            target_sparsity=dict.fromkeys(factors, targets[0]),
-            geometry=geometry,
-            provenance={**provenance, "fit": fit},
+            fits={geometry.name: fit},
+            target_sparsity=dict.fromkeys(fit.phases, targets[0]),
+            provenance=provenance,
         )
     else:
         tables = _thresholds(observer, ModelFingerprint.of(model.config))
@@ -107,7 +107,6 @@ def calibrate(
         config = SparseAttentionConfig(
             method="bsfa",
             tables=tables,
-            geometry=geometry,
             keep_sink=keep_sink,
             provenance=provenance,
         )
@@ -124,11 +123,11 @@ def _thresholds(observer: Observations, fingerprint: ModelFingerprint) -> Thresh
         raise ValueError(
             f"calibrate: expected samples of at least {geometry.block_q} tokens, got shorter ones"
         )
+    tables = {"prefill": prefill, "decode": observer.tops(geometry.name, "decode")}
     return Thresholds(
-        prefill=prefill,
-        decode=observer.tops(geometry.name, "decode"),
+        {f"{geometry.name}.{p}.T": table for p, table in tables.items() if table is not None},
+        {geometry.name: geometry},
         levels=observer.levels,
-        geometry=geometry,
         keep_sink=observer.keep_sink,
         fingerprint=fingerprint,
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attention.calibration.observation import Observations
 from hf_sparse_attention.calibration.tallies import BINS_PER_NAT, U_BINS, U_MIN
+from hf_sparse_attention.fits import Fit, PhaseFit
 from hf_sparse_attention.types import PHASES, Phase
 
 
@@ -49,9 +49,7 @@ class Curve:
         return float(U_MIN + (i + (sparsity - low) / (high - low)) / BINS_PER_NAT)
 
 
-def fit_blasst(
-    observations: Observations, geometry: str, targets: Sequence[float]
-) -> tuple[dict[Phase, dict[str, float]], dict[str, Any]]:
+def fit_blasst(observations: Observations, geometry: str, targets: Sequence[float]) -> Fit:
     """`a` and `b` of `a * exp(b * target_sparsity)` by phase, and how well they fit.
 
     Least squares of the logarithm over all lengths and targets. With one target b is 0 and the
@@ -60,8 +58,7 @@ def fit_blasst(
     Raises:
         ValueError: no length reaches any of the targets.
     """
-    factors: dict[Phase, dict[str, float]] = {}
-    report: dict[str, Any] = {}
+    phases: dict[Phase, PhaseFit] = {}
     shortest = observations.lengths("prefill")[0]
     for phase in PHASES:
         # Every sample also holds short decode positions. Nobody decodes there who runs requests of
@@ -69,8 +66,8 @@ def fit_blasst(
         lengths = [n for n in observations.lengths(phase) if n >= shortest / 2]
         curves = {n: Curve(observations.total(geometry, phase, n)) for n in lengths}
         points = [
-            (n, s, curve.log_scale_factor(s))
-            for n, curve in curves.items()
+            (s, curve.log_scale_factor(s))
+            for curve in curves.values()
             for s in targets
             if s < curve.largest
         ]
@@ -80,35 +77,37 @@ def fit_blasst(
                 f"target_sparsity: expected less than {best:.2f} in {phase}, all that lambda < 1 "
                 f"skips at lengths {lengths}, got {list(targets)}; calibrate on longer samples"
             )
-        a, b, r2 = _fit_line([s for _, s, _ in points], [log_factor for _, _, log_factor in points])
-        factors[phase] = {"a": math.exp(a), "b": b}
-        report[phase] = {
-            "r2": r2,
-            "lengths": list(curves),
-            "predicted": _predicted(curves, factors[phase], targets),
-        }
-    return factors, report
+        x, y = zip(*points, strict=True)
+        log_a, b, r2, residual = _fit_line(x, y)
+        fit = PhaseFit(
+            a=math.exp(log_a),
+            b=b,
+            lengths=(min(curves), max(curves)),
+            sparsity=(min(x), max(x)),
+            r2=r2,
+            residual=residual,
+        )
+        phases[phase] = replace(fit, predicted=_predicted(curves, fit, targets))
+    return Fit(observations.geometries[geometry], phases)
 
 
-def _fit_line(x: list[float], y: list[float]) -> tuple[float, float, float | None]:
-    """Intercept, slope and R^2 of y over x; slope 0 and no R^2 if all x are one."""
+def _fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float | None, float]:
+    """Intercept, slope, R^2 and rms residual of y over x; slope 0 and no R^2 if all x are one."""
     xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    if len(set(x)) == 1:
-        return float(ys.mean()), 0.0, None
     dx, dy = xs - xs.mean(), ys - ys.mean()
+    if len(set(x)) == 1:
+        return float(ys.mean()), 0.0, None, float((dy * dy).mean().sqrt())
     slope = float((dx * dy).sum() / (dx * dx).sum())
-    spread = float((dy * dy).sum())
-    r2 = 1.0 - float(((dy - slope * dx) ** 2).sum()) / spread if spread > 0 else 1.0
-    return float(ys.mean() - slope * xs.mean()), slope, r2
+    spread, rest = float((dy * dy).sum()), float(((dy - slope * dx) ** 2).sum())
+    r2 = 1.0 - rest / spread if spread > 0 else 1.0
+    return float(ys.mean() - slope * xs.mean()), slope, r2, math.sqrt(rest / len(x))
 
 
 def _predicted(
-    curves: Mapping[int, Curve], fit: Mapping[str, float], targets: Sequence[float]
+    curves: Mapping[int, Curve], fit: PhaseFit, targets: Sequence[float]
 ) -> dict[str, dict[str, float]]:
     """The sparsity that the fit gives on the calibration data, by length and target."""
     return {
-        str(n): {
-            f"{s:g}": round(curve.sparsity(fit["a"] * math.exp(fit["b"] * s)), 4) for s in targets
-        }
+        str(n): {f"{s:g}": round(curve.sparsity(fit.scale_factor(s)), 4) for s in targets}
         for n, curve in curves.items()
     }

@@ -16,8 +16,21 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attention.config import SparseAttentionConfig
-from hf_sparse_attention.methods.base import Method, end_of_causal
-from hf_sparse_attention.types import LARGEST_LAMBDA, PHASES, AttentionCall, SkipRule
+from hf_sparse_attention.methods.base import (
+    Method,
+    end_of_causal,
+    heads_of,
+    loaded_tables,
+    refuse_geometry,
+)
+from hf_sparse_attention.types import (
+    LARGEST_LAMBDA,
+    PHASES,
+    AttentionCall,
+    BlockGeometry,
+    Phase,
+    SkipRule,
+)
 
 #: The budget of a phase that nobody calibrated: no row loses more than an eleventh of its mass.
 #: The bound is far from tight: SmolLM2-135M at 4K tokens of prose skips 13% of its blocks under it,
@@ -31,59 +44,119 @@ class Blasst(Method):
     name = "blasst"
 
     def check(self, config: SparseAttentionConfig) -> None:
-        """Refuses a scale factor whose target sparsity is not set."""
-        for phase in PHASES:
-            config.scale_factor(phase)
+        """Refuses a scale factor without its target, and another geometry than the calibrated."""
+        if config.fits and not set(PHASES) <= set(config.threshold_scale_factor or {}):
+            refuse_geometry(config, self.calibrated(config))
+        for geometry in self.geometries(config):
+            for phase in PHASES:
+                config.scale_factor(phase, geometry)
+                _coefficients(config, phase, geometry)
 
     def notes(self, config: SparseAttentionConfig) -> list[str]:
-        """Names the phases that are not calibrated, and what runs there."""
+        """Names the phases that are not calibrated and what runs there, and far-off targets."""
+        geometries = self.geometries(config)
         phases = [
             phase
             for phase in PHASES
-            if config.scale_factor(phase) is None and phase not in (config.max_dropped_mass or {})
+            if any(config.scale_factor(phase, geometry) is None for geometry in geometries)
+            and phase not in (config.max_dropped_mass or {})
         ]
-        if not phases:
-            return []
-        eps = DEFAULT_MAX_DROPPED_MASS
-        note = (
-            f"blasst is not calibrated for {' and '.join(phases)}: it only skips while every row "
-            f"provably keeps all but {eps / (1 + eps):.0%} of its softmax mass "
-            f"(max_dropped_mass={eps}). For more speed, "
-            "hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
-            "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
-        )
-        return [note]
+        said = []
+        if phases:
+            eps = DEFAULT_MAX_DROPPED_MASS
+            said.append(
+                f"blasst is not calibrated for {' and '.join(phases)}: it only skips while every "
+                f"row provably keeps all but {eps / (1 + eps):.0%} of its softmax mass "
+                f"(max_dropped_mass={eps}). For more speed, "
+                "hf_sparse_attention.calibrate(model, data, method='blasst'), or choose "
+                "with hf_sparse_attention.set_sparse_attention(model, max_dropped_mass=...)."
+            )
+        for phase in PHASES:
+            for geometry in geometries:
+                fit, target = config.fit(phase, geometry), config.target(phase, geometry)
+                if phase in (config.threshold_scale_factor or {}) or fit is None or target is None:
+                    continue
+                if not fit.covers_target(target):
+                    assert fit.sparsity is not None
+                    low, high = fit.sparsity
+                    said.append(
+                        f"blasst: target_sparsity {target:g} for {phase} is extrapolated: "
+                        f"{geometry.name} was calibrated from {low:g} to {high:g}."
+                    )
+        return said
+
+    def calibrated(self, config: SparseAttentionConfig) -> list[BlockGeometry]:
+        """The geometries of the fits."""
+        return [fit.geometry for fit in config.fits.values()]
 
     def rule(
         self,
         config: SparseAttentionConfig,
-        layer: int,  # noqa: ARG002 - one lambda for all layers
+        layer: int,
         call: AttentionCall,
+        geometry: BlockGeometry,
     ) -> SkipRule:
-        """`log_lambda` `[B|1, 1]` for a calibrated phase, and the budget if there is one."""
-        prepared = self.prepare(config, call.q.device)
+        """`log_lambda` `[B|1, Hq|1]` for a calibrated phase, and the budget if there is one."""
+        prepared = self.prepare(config, call.q.device, geometry)
         log_factor = prepared.get(f"{call.phase}.log_factor")
         log_lambda = None
         if log_factor is not None:
-            log_length = keys_in_reach(call).clamp(min=1).log()
-            log_lambda = (log_factor - log_length).clamp(max=math.log(LARGEST_LAMBDA))[:, None]
+            if log_factor.dim() == 2:  # each layer, or head, has its own
+                log_factor = heads_of(log_factor, layer, call)
+            log_length = keys_in_reach(call).clamp(min=1).log()[:, None]
+            log_lambda = (log_factor - log_length).clamp(max=math.log(LARGEST_LAMBDA))
         return SkipRule(
             log_lambda=log_lambda,
             max_dropped_mass=prepared.get(f"{call.phase}.max_dropped_mass"),
         )
 
-    def _tensors(self, config: SparseAttentionConfig, device: torch.device) -> dict[str, Tensor]:
-        """Adds `<phase>.log_factor` `[1]`, or the default budget where that is all there is."""
-        tensors = super()._tensors(config, device)
+    def _tensors(
+        self, config: SparseAttentionConfig, device: torch.device, geometry: BlockGeometry
+    ) -> dict[str, Tensor]:
+        """Adds `<phase>.log_factor`, `[1]` or `[layers, heads]`.
+
+        Or the default budget, where that is all there is.
+        """
+        tensors = super()._tensors(config, device, geometry)
         for phase in PHASES:
-            factor = config.scale_factor(phase)
-            if factor is not None:
-                log_factor = math.log(factor) if factor > 0 else -math.inf
-                tensors[f"{phase}.log_factor"] = torch.full((1,), log_factor, device=device)
+            factor = config.scale_factor(phase, geometry)
+            own = _coefficients(config, phase, geometry)
+            if own is not None:
+                log_a, b = own
+                log_factor = log_a + b * (config.target(phase, geometry) or 0.0)
+                tensors[f"{phase}.log_factor"] = log_factor.to(device, copy=True)
+            elif factor is not None:
+                value = math.log(factor) if factor > 0 else -math.inf
+                tensors[f"{phase}.log_factor"] = torch.full((1,), value, device=device)
             elif f"{phase}.max_dropped_mass" not in tensors:
                 budget = torch.full((1, 1), DEFAULT_MAX_DROPPED_MASS, device=device)
                 tensors[f"{phase}.max_dropped_mass"] = budget
         return tensors
+
+
+def _coefficients(
+    config: SparseAttentionConfig, phase: Phase, geometry: BlockGeometry
+) -> tuple[Tensor, Tensor] | None:
+    """`ln a` and `b`, each `[layers, heads]`, if those are what `config` runs on `geometry`.
+
+    Raises:
+        ValueError: layers or heads should have their own, but the tables lack them.
+    """
+    calibrated = config.fit(phase, geometry) is not None
+    if (
+        config.granularity == "global"
+        or not calibrated
+        or phase in (config.threshold_scale_factor or {})
+    ):
+        return None
+    missing = (
+        f"granularity: expected coefficients for each {config.granularity} on {geometry.name}, "
+        "got none; calibrate(model, data, granularity=...) makes them, and 'global' needs none"
+    )
+    own = loaded_tables(config, missing).coefficients(geometry.name, phase)
+    if own is None:
+        raise ValueError(missing)
+    return own
 
 
 def keys_in_reach(call: AttentionCall) -> Tensor:

@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attention.config import SparseAttentionConfig
-from hf_sparse_attention.methods.base import Method, end_of_causal, first_key
+from hf_sparse_attention.methods.base import (
+    Method,
+    end_of_causal,
+    first_key,
+    heads_of,
+    loaded_tables,
+    refuse_geometry,
+)
 from hf_sparse_attention.thresholds import Thresholds
-from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
+from hf_sparse_attention.types import PHASES, AttentionCall, BlockGeometry, SkipRule
 
 
 class Bsfa(Method):
@@ -29,11 +36,7 @@ class Bsfa(Method):
     def check(self, config: SparseAttentionConfig) -> None:
         """Refuses missing thresholds, another geometry than theirs, or a level they lack."""
         tables = _tables(config)
-        if config.geometry != tables.geometry:
-            raise ValueError(
-                f"geometry: expected {_describe(tables.geometry)}, on which the thresholds were "
-                f"calibrated, got {_describe(config.geometry)}; there they skip other blocks"
-            )
+        refuse_geometry(config, self.calibrated(config))
         if config.keep_sink != tables.keep_sink:
             raise ValueError(
                 f"keep_sink: expected {tables.keep_sink}, as the thresholds were calibrated, got "
@@ -44,39 +47,55 @@ class Bsfa(Method):
 
     def notes(self, config: SparseAttentionConfig) -> list[str]:
         """Says when decoding will be exact because it was not calibrated."""
-        if _tables(config).decode is None and "decode" not in (config.max_dropped_mass or {}):
+        tables = _tables(config)
+        calibrated = any(
+            tables.table(geometry.name, "decode") is not None
+            for geometry in self.geometries(config)
+        )
+        if not calibrated and "decode" not in (config.max_dropped_mass or {}):
             return ["bsfa: these thresholds are for prefill only; decoding skips nothing."]
         return []
 
-    def rule(self, config: SparseAttentionConfig, layer: int, call: AttentionCall) -> SkipRule:
+    def calibrated(self, config: SparseAttentionConfig) -> list[BlockGeometry]:
+        """The geometries of the tables that hold prefill thresholds."""
+        tables = _tables(config)
+        geometries = tables.geometries.values()
+        return [g for g in geometries if tables.table(g.name, "prefill") is not None]
+
+    def rule(
+        self,
+        config: SparseAttentionConfig,
+        layer: int,
+        call: AttentionCall,
+        geometry: BlockGeometry,
+    ) -> SkipRule:
         """`block_threshold` `[B|1, Hq, NQ]` for a calibrated phase, and the budget if any."""
-        prepared = self.prepare(config, call.q.device)
+        prepared = self.prepare(config, call.q.device, geometry)
         budget = prepared.get(f"{call.phase}.max_dropped_mass")
         table = prepared.get(f"{call.phase}.threshold")
         if table is None:
             return SkipRule(max_dropped_mass=budget, keep_sink=config.keep_sink)
-        heads = slice(call.first_head, call.first_head + call.q.shape[1])
-        if not 0 <= layer < table.shape[0] or heads.stop > table.shape[1]:
-            raise ValueError(
-                f"thresholds: expected layer {layer} with {heads.stop} heads to be calibrated, got "
-                f"{table.shape[0]} layers with {table.shape[1]} heads; they are another model's"
-            )
-        blocks = row_positions(call, config.geometry) // config.geometry.block_q
+        blocks = row_positions(call, geometry) // geometry.block_q
         blocks = blocks.clamp(max=table.shape[2] - 1)  # [B|1, NQ]
-        threshold = table[layer, heads][:, blocks].transpose(0, 1)
+        threshold = heads_of(table, layer, call)[:, blocks].transpose(0, 1)
         return SkipRule(
             block_threshold=threshold, max_dropped_mass=budget, keep_sink=config.keep_sink
         )
 
-    def _tensors(self, config: SparseAttentionConfig, device: torch.device) -> dict[str, Tensor]:
+    def _tensors(
+        self, config: SparseAttentionConfig, device: torch.device, geometry: BlockGeometry
+    ) -> dict[str, Tensor]:
         """Adds `<phase>.threshold` `[layers, heads, blocks]` of the chosen level."""
         self.check(config)
-        tensors = super()._tensors(config, device)
+        tensors = super()._tensors(config, device, geometry)
         tables = _tables(config)
         level = max(tables.levels) if config.level is None else config.level
-        for phase, table in tables.tables.items():
-            # A copy: a view's offset is guarded on, and another level would recompile.
-            tensors[f"{phase}.threshold"] = table[tables.level_index(level)].to(device, copy=True)
+        for phase in PHASES:
+            table = tables.table(geometry.name, phase)
+            if table is not None:
+                # A copy: a view's offset is guarded on, and another level would recompile.
+                chosen = table[tables.level_index(level)].to(device, copy=True)
+                tensors[f"{phase}.threshold"] = chosen
         return tensors
 
 
@@ -101,19 +120,12 @@ def row_positions(call: AttentionCall, geometry: BlockGeometry) -> Tensor:
 
 
 def _tables(config: SparseAttentionConfig) -> Thresholds:
-    if config.tables is not None:
-        return config.tables
-    if config.thresholds_file is not None:
-        raise ValueError(
-            f"bsfa: expected the thresholds of {config.thresholds_file['name']} to be loaded; call "
-            "hf_sparse_attention.load_thresholds(model, repo_or_folder) before the first forward"
-        )
-    raise ValueError(
+    missing = (
         "bsfa: expected thresholds calibrated for this model, got none. Run "
         "config = hf_sparse_attention.calibrate(model, data, method='bsfa'), data an iterable of "
         "token id lists, then hf_sparse_attention.set_sparse_attention(model, config)"
     )
-
-
-def _describe(geometry: BlockGeometry) -> str:
-    return f"{geometry.name} ({geometry.order}, split_k {geometry.split_k})"
+    tables = loaded_tables(config, missing)
+    if not tables.levels:
+        raise ValueError(missing)
+    return tables
