@@ -249,7 +249,7 @@ def test_refusals() -> None:
         return cpu.supports(replace(call, **change), rule, geometry or BlockGeometry()) or ""
 
     assert refusal() == ""
-    assert "backward" in refusal(q=call.q.clone().requires_grad_())
+    assert refusal(q=call.q.clone().requires_grad_()) == ""
     assert "mask" in refusal(mask=torch.ones(1, 1, 200, 260, dtype=torch.bool))
     assert "dropout" in refusal(dropout=0.1)
     assert "float64" in refusal(q=call.q.double())

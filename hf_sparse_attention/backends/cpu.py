@@ -103,8 +103,6 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
         return "an arbitrary mask has no block structure"
     if call.dropout > 0:
         return "attention dropout cannot be combined with block skipping"
-    if call.needs_grad:
-        return "the CPU kernel has no backward yet"
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if x.device.type != "cpu":
             return f"{name} lies on {x.device.type}, not on the CPU"
@@ -151,7 +149,7 @@ def run(
         _ORDERS[geometry.order],
         geometry.split_k,
         rule.keep_sink,
-        return_skips,
+        return_skips or (call.needs_grad and not rule.is_never),  # the backward reads them
         return_dropped_mass,
     )
     return AttentionResult(

@@ -113,6 +113,8 @@ struct Problem {
 // A whole number of cache lines, with room for the sum of the weights.
 BSA_PLAIN int64_t partial_width(const Problem& p) { return p.Dv / 16 * 16 + 16; }
 
+struct Backward;  // backward.h
+
 // The functions of one level, by element type (index: Dtype).
 struct Level {
   const char* name;
@@ -124,6 +126,9 @@ struct Level {
   void (*decode_values[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
   void (*decode_finish[3])(const Problem&, int64_t bh);
   size_t (*scratch_bytes)(const Problem&);
+  void (*backward_row[3])(const Backward&, int64_t bh, int64_t task, char* scratch);
+  void (*backward_key[3])(const Backward&, int64_t bh, int64_t key);
+  size_t (*backward_scratch[3])(const Backward&);
 };
 
 extern const Level kPortable;

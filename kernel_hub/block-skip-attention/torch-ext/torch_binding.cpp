@@ -14,11 +14,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "keep_sink, "
       "bool return_skips, bool return_dropped_mass) "
       "-> (Tensor out, Tensor lse, Tensor counts, Tensor skips, Tensor dropped_mass)");
+  ops.def(
+      "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor skips, Tensor? key_valid, Tensor? q_offset, Tensor? sinks, float scale, bool causal, "
+      "int window, float softcap, int block_q, int block_k) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   ops.def("cpu_level() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("forward", TORCH_BOX(&forward_cpu));
+  ops.impl("backward", TORCH_BOX(&backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {

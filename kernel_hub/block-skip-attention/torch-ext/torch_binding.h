@@ -19,5 +19,16 @@ forward_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Ten
             int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
             int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass);
 
+// dq, dk, dv and dsinks (empty without sinks).
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+backward_cpu(torch::stable::Tensor dout, std::optional<torch::stable::Tensor> dlse,
+             torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v,
+             torch::stable::Tensor out, torch::stable::Tensor lse, torch::stable::Tensor skips,
+             std::optional<torch::stable::Tensor> key_valid,
+             std::optional<torch::stable::Tensor> q_offset,
+             std::optional<torch::stable::Tensor> sinks, double scale, bool causal, int64_t window,
+             double softcap, int64_t block_q, int64_t block_k);
+
 // The level of instructions that a call would run on now.
 std::string cpu_level();

@@ -40,6 +40,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention of `q` over `k` and `v` without the blocks that every given rule agrees to skip.
 
+    Differentiable once, in q, k, v and sinks, through out and lse: the gradients are those of the
+    attention over the blocks that this call kept, and skipped blocks cost nothing in the backward
+    either. It reads the skip bits, so with a rule that needs `return_skips`.
+
     B batch, Hq query heads, Hkv key/value heads, Lq queries, Lk keys, D and Dv head sizes, NQ block
     rows, NK blocks. A call with at most 8 queries and more keys is decoding: there the heads of a
     group vote together, one position at a time, and NQ = Lq; otherwise `block_q` rows of one head
@@ -129,3 +133,49 @@ def _forward_fake(q, k, v, *args):
         skips,
         q.new_empty(dropped, dtype=torch.float32),
     )
+
+
+@torch.library.register_fake(add_op_namespace_prefix("backward"), allow_override=True)
+def _backward_fake(*args):
+    q, k, v, sinks = (*args[2:5], args[10])
+    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    heads = 0 if sinks is None else q.shape[1]
+    return (*gradients, q.new_empty((heads,), dtype=torch.float32))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, key_valid, q_offset, sinks, *rules = inputs[:9]
+    return_skips = inputs[18]
+    out, lse, counts, skips, dropped_mass = output
+    if not return_skips and any(rule is not None for rule in rules):
+        raise ValueError(
+            "forward: expected return_skips=True where gradients are wanted, got False"
+        )
+    ctx.save_for_backward(q, k, v, out, lse, skips, key_valid, q_offset, sinks)
+    ctx.options = inputs[9:15]  # scale to block_k
+    ctx.mark_non_differentiable(counts, skips, dropped_mass)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, *_):
+    *tensors, sinks = ctx.saved_tensors
+    out = tensors[3]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = ops.backward(dout, dlse, *tensors, sinks, *ctx.options)
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 14
+
+
+def _refuse_second_backward(ctx, *grads):
+    raise NotImplementedError(
+        "block-skipping attention: second derivatives (create_graph=True) are not implemented in "
+        "the CPU kernel; backend='reference' has them"
+    )
+
+
+if not hasattr(ops, "_is_differentiable"):  # the module may be imported twice
+    torch.library.register_autograd(
+        add_op_namespace_prefix("forward"), _backward, setup_context=_save_for_backward
+    )
+    torch.library.register_autograd(add_op_namespace_prefix("backward"), _refuse_second_backward)
+    ops._is_differentiable = True
