@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import peak, peers
 from hf_sparse_attention.backends import cpu
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
@@ -239,6 +239,7 @@ def machine() -> dict:
         "architecture": platform.machine(),
         "level": kernel.cpu_level(),
         "kernel": kernel.__name__,
+        "peak_gflops_one_thread": peak.peaks(),
         "mm_gflops_one_thread": peaks,
         "read_gb_per_s_one_thread": big.numel() * 4 / min(times) / 1e9,
         "python": platform.python_version(),

@@ -16,6 +16,11 @@ is a ratio of times taken in one run, in turns, on one machine, over PyTorch's S
 the rounds. Larger is faster, and below 1 is slower than SDPA.
 """
 
+BREAK_EVEN = """\
+Where `own` is below 1, SDPA is faster: below 64 keys dense attention runs SDPA. Where `own
+blasst` is below `own`, skipping does not pay: below 256 keys the default runs dense (`min_length`).
+What is low is at most what can be skipped: the first block and the diagonal ones never are."""
+
 LEGEND = """\
 `own` is the native kernel that never skips; `own blasst` runs lambda 1e-3 on synthetic keys of
 which the named share of 64-key blocks lies far below the others. SDPA in decode uses `enable_gqa`;
@@ -74,12 +79,133 @@ def end_to_end() -> list[str]:
     head = ["dtype", "attention", "first token", "over sdpa", "sparsity", "perplexity ratio"]
     length = data["rows"][0]["length"]
     title = f"## {data['model']}, {length} tokens of prose, {data['threads']} threads"
-    return ["", title, "", _machine(data), "", *_table(head, rows)]
+    shares = ", ".join(
+        f"{row['attention_share']:.0%} ({row['dtype'].removeprefix('torch.')})"
+        for row in data["rows"]
+        if "attention_share" in row
+    )
+    note = f"Attention's share of the time to first token with sdpa: {shares}."
+    return ["", title, "", _machine(data), "", *_table(head, rows), "", note]
+
+
+def model_attention() -> list[str]:
+    """The model's own queries, keys and values."""
+    data = _load("model_attention.json")
+    rows = [
+        [
+            row["dtype"].removeprefix("torch."),
+            row["name"],
+            f"{row['speedup_over_sdpa']['median']:.2f}",
+            f"{row['mean_sparsity']:.1%}",
+            f"{row['mean_error']:.4f}",
+            f"{row['worst_error']:.4f}",
+        ]
+        for row in data["rows"]
+    ]
+    head = ["dtype", "attention", "over sdpa", "sparsity", "error, mean", "error, worst layer"]
+    layers = ", ".join(map(str, data["layers"]))
+    return [
+        "",
+        f"## Attention alone, on {data['model']}'s own Q, K and V",
+        "",
+        f"{data['length']} tokens of {data['text']}, layers {layers}, {data['threads']} thread.",
+        "The error of an output is |out - exact| / |exact|.",
+        _machine(data),
+        "",
+        *_table(head, rows),
+    ]
+
+
+def break_even() -> list[str]:
+    """Short lengths."""
+    data = _load("break_even.json")
+    names = [n for n in data["cases"][0]["seconds"] if n != "sdpa"]
+    rows = []
+    for case in data["cases"]:
+        over = case["speedup_over"]["sdpa"]
+        dtype = case["dtype"].removeprefix("torch.")
+        shape = f"{case['query_heads']}/{case['kv_heads']} heads D={case['head_size']}"
+        label = f"{case['phase']} {dtype} {shape}, {case['length']} keys"
+        rows.append([label, *(f"{over[name]['median']:.2f}" for name in names)])
+    return [
+        "",
+        "## Break-even: short lengths, one thread",
+        "",
+        BREAK_EVEN,
+        "",
+        _machine(data),
+        "",
+        *_table(["call", *names], rows),
+    ]
+
+
+def scaling() -> list[str]:
+    """Growth with the length, memory, threads, share of the peak."""
+    data = _load("scaling.json")
+    names = [n for n in data["growth"][0]["seconds"] if n != "sdpa"]
+    growth = [
+        [
+            "{}, {} tokens, {} heads".format(case["dtype"][6:], case["length"], case["heads"]),
+            f"{statistics.median(case['seconds']['sdpa']):.3f} s",
+            *(f"{case['speedup_over']['sdpa'][name]['median']:.2f}" for name in names),
+            f"{case['gflops_dense']:.0f}",
+        ]
+        for case in data["growth"]
+    ]
+    memory = [
+        [row["dtype"], row["name"], str(row["length"]), f"{row['kib'] / 1024:.1f}"]
+        for row in data["memory"]
+    ]
+    share = [
+        [
+            row["dtype"].removeprefix("torch."),
+            str(row["head_size"]),
+            f"{row['gflops']:.0f}",
+            f"{row['share']:.0%}",
+        ]
+        for row in data["share_of_peak"]
+    ]
+    threads = [
+        [row["dtype"].removeprefix("torch."), row["phase"], f"{row['speedup']:.2f}"]
+        for row in data["two_threads"]
+    ]
+    return [
+        "",
+        "## Growth from 1K to 64K tokens, one thread, head size 64",
+        "",
+        f"{data['low_blocks']:.0%} of the key blocks are low; fewer heads at long lengths keep a "
+        "run within minutes. " + _machine(data),
+        "",
+        *_table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
+        "",
+        "### Memory that one call of one head adds, its output included",
+        "",
+        *_table(["dtype", "attention", "tokens", "MiB"], memory),
+        "",
+        "### Dense prefill at 4096 tokens against the peak of fused multiply-adds",
+        "",
+        *_table(["dtype", "D", "GFLOP/s", "share"], share),
+        "",
+        "### Two threads over one, dense, wall time",
+        "",
+        *_table(["dtype", "phase", "speedup"], threads),
+    ]
+
+
+NEVER_RUN = """
+## What has never run
+
+The aarch64 build: it takes the portable path, which is tested on x86-64 only. There is no AMX path;
+a machine with AMX takes the AVX-512-BF16 one. AVX2 and AVX-512 without BF16 are tested by forcing
+the level (`HF_SPARSE_ATTENTION_CPU_LEVEL`), not on machines that lack the rest; their speed is not
+on this page."""
 
 
 def main() -> None:
     """Writes the page."""
-    PAGE.write_text("\n".join([HEAD.rstrip(), *end_to_end(), *attention()]) + "\n")
+    parts = [end_to_end(), model_attention(), attention(), scaling(), break_even()]
+    lines = [HEAD.rstrip(), *(line for part in parts for line in part), NEVER_RUN]
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

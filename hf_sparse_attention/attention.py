@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from hf_sparse_attention.backends import choose_geometry
 from hf_sparse_attention.backends.dense import visibility
 from hf_sparse_attention.config import MethodName
-from hf_sparse_attention.functional import attend
+from hf_sparse_attention.functional import attend, attend_dense
 from hf_sparse_attention.interface import config_value
 from hf_sparse_attention.masks import MaskReading, read_mask
 from hf_sparse_attention.methods import METHODS
 from hf_sparse_attention.settings import LayerSettings, settings_of, warn_of_length
-from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
+from hf_sparse_attention.types import AttentionCall
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _run(
             return _with_weights(call)
         if observed is not None:
             return observed, None
-        return attend(call, SkipRule.never(), BlockGeometry(), "dense").out, None
+        return attend_dense(call, settings.config.backend).out, None
     config = settings.config
     geometry = choose_geometry(call, settings.geometries, config.backend)
     if not torch.compiler.is_compiling():

@@ -13,6 +13,10 @@ from hf_sparse_attention.validation import check
 
 logger = logging.getLogger(__name__)
 
+#: Calls with fewer keys than this run SDPA where they run dense: the native kernel costs a few
+#: microseconds a call before it computes anything (docs/results.md, break-even).
+KERNEL_MIN_LENGTH = 64
+
 _said: set[str] = set()
 
 
@@ -100,6 +104,21 @@ def attend(
         return_skips=return_skips,
         return_dropped_mass=return_dropped_mass,
     )
+
+
+def attend_dense(call: AttentionCall, backend: str = "auto") -> AttentionResult:
+    """Exact attention in the fastest way there is: the native kernel, never skipping, or SDPA.
+
+    Args:
+        call: what to compute, whatever mask or dropout it has.
+        backend: what the user asked for; "dense" and "reference" mean torch's own.
+    """
+    rule, geometry = SkipRule.never(), BlockGeometry()
+    check(call, rule, geometry)
+    plain = backend in ("dense", "reference") or call.needs_grad
+    if plain or call.k.shape[2] < KERNEL_MIN_LENGTH:
+        return select(call, rule, geometry, "dense")[0].run(call, rule, geometry)
+    return select(call, rule, geometry, "auto")[0].run(call, rule, geometry)
 
 
 def _say_once(message: str) -> None:

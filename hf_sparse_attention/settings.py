@@ -23,9 +23,9 @@ from hf_sparse_attention.types import AttentionCall, BlockGeometry
 
 logger = logging.getLogger(__name__)
 
-#: Requests with fewer keys than this run dense unless `min_length` says otherwise: below it there
-#: are too few blocks for skipping to pay for its decisions.
-DEFAULT_MIN_LENGTH = 512
+#: Requests with fewer keys than this run dense unless `min_length` says otherwise: below it the
+#: decisions cost more than a few skipped blocks save (docs/results.md, break-even).
+DEFAULT_MIN_LENGTH = 256
 
 #: Where the settings are kept on an attention module.
 ATTRIBUTE = "_sparse_attention_settings"

@@ -8,7 +8,12 @@ import torch
 
 from hf_sparse_attention import functional
 from hf_sparse_attention.backends import BACKENDS, available_backends, select
-from hf_sparse_attention.functional import attend, block_skip_attention
+from hf_sparse_attention.functional import (
+    KERNEL_MIN_LENGTH,
+    attend,
+    attend_dense,
+    block_skip_attention,
+)
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 Q, K, V = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 6)
@@ -148,6 +153,25 @@ def test_auto_says_once_why_a_backend_was_passed_over(monkeypatch, caplog):
             attend(call, SkipRule.blasst(0.5), BlockGeometry())
     said = [r.getMessage() for r in caplog.records]
     assert said == ["backend 'cpu' is not used: it is off in this test; 'reference' runs instead"]
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+def test_dense_on_purpose_runs_the_fastest_that_can():
+    def chosen(length: int, backend: str = "auto", **changes) -> str:
+        q, k, v = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
+        call = AttentionCall(**{"q": q, "k": k, "v": v, "scale": 0.25, **changes})
+        result = attend_dense(call, backend)
+        expected = attend(call, NEVER, BlockGeometry(), "dense")
+        torch.testing.assert_close(result.out, expected.out)
+        return result.backend
+
+    assert chosen(KERNEL_MIN_LENGTH) == "cpu"
+    assert chosen(KERNEL_MIN_LENGTH, "cpu", window=9) == "cpu"
+    assert chosen(KERNEL_MIN_LENGTH - 1) == "dense"
+    assert chosen(KERNEL_MIN_LENGTH, "dense") == chosen(KERNEL_MIN_LENGTH, "reference") == "dense"
+    mask = torch.ones(1, 1, KERNEL_MIN_LENGTH, KERNEL_MIN_LENGTH, dtype=torch.bool).tril()
+    assert chosen(KERNEL_MIN_LENGTH, "cpu", mask=mask) == "dense"
+    assert chosen(KERNEL_MIN_LENGTH, q=torch.randn(1, 4, 64, 16, requires_grad=True)) == "dense"
 
 
 def test_never_skipping_does_not_need_the_slow_reference(monkeypatch):

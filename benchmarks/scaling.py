@@ -1,0 +1,201 @@
+"""How the kernel's cost grows: with the length, in memory, with threads; and its share of the peak.
+
+    python -m benchmarks.scaling [--lengths 1024 4096 16384 65536] [--rounds 3]
+
+Synthetic keys of which 87% of the 64-key blocks lie far below the others; head size 64. Long inputs
+have fewer heads (8 up to 8K tokens, 2 at 16K, 1 beyond), so that a run stays within minutes; rates
+are per floating-point operation, so the cases compare. Memory is measured in a process of its own:
+by how much a call raises the peak of its resident set, its output included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.cpu_attention import (
+    HERE,
+    LAMBDA,
+    SEED,
+    gate,
+    machine,
+    measure,
+    own,
+    prefill_inputs,
+    ratios,
+)
+from benchmarks.peak import peaks
+from hf_sparse_attention.types import BlockGeometry, SkipRule
+
+SIZE = 64
+SPARSITY = 0.87
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+MEMORY_LENGTHS = [4096, 16384, 65536]
+MEMORY_SCRIPT = """
+import resource, sys, torch
+from benchmarks import peers
+from benchmarks.cpu_attention import own
+from hf_sparse_attention.types import BlockGeometry, SkipRule
+
+name, dtype, length = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+
+def call(length):
+    q, k, v = (torch.randn(1, 1, length, 64).to(dtype) for _ in range(3))
+    if name == "sdpa":
+        return peers.sdpa(q, k, v)
+    return own(q, k, v, SkipRule.blasst(1e-3), BlockGeometry.from_name(name))
+
+call(256)()
+attend = call(length)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attend()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def heads_at(length: int) -> int:
+    """How many heads keep a call of this length short."""
+    return 8 if length <= 8192 else 2 if length <= 16384 else 1
+
+
+def growth(dtype: torch.dtype, lengths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """SDPA, dense and skipping at each length."""
+    cases = []
+    for length in lengths:
+        heads = heads_at(length)
+        q, k, v = prefill_inputs(heads, heads, SIZE, length, dtype, SPARSITY)
+        contestants = {"sdpa": peers.sdpa(q, k, v)}
+        contestants["own"] = own(q, k, v, SkipRule.never(), BlockGeometry())
+        for name in ("64x64", "64x1"):
+            geometry = BlockGeometry.from_name(name)
+            contestants[f"own blasst {name}"] = own(q, k, v, SkipRule.blasst(LAMBDA), geometry)
+        errors = gate(q, k, v, {name: f() for name, f in contestants.items()})
+        times = measure(contestants, rounds, 1)
+        cases.append(
+            {
+                "dtype": str(dtype),
+                "length": length,
+                "heads": heads,
+                "errors": errors,
+                "seconds": times,
+                "gflops_dense": rate(times["own"], heads, SIZE, length),
+                "speedup_over": {base: ratios(times, base) for base in ("sdpa", "own")},
+            }
+        )
+        shown = {n: round(r["median"], 2) for n, r in cases[-1]["speedup_over"]["sdpa"].items()}
+        print(f"{dtype} {length} tokens, {heads} heads: {shown}", flush=True)
+    return cases
+
+
+def rate(times: list[float], heads: int, size: int, length: int) -> float:
+    """GFLOP/s: two products of 2 * D each for every visible pair."""
+    return 4 * heads * size * length * (length + 1) / 2 / statistics.median(times) / 1e9
+
+
+def share_of_peak(rounds: int) -> list[dict[str, Any]]:
+    """Dense prefill at 4K against multiply-adds alone, in turns."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (64, 128):
+            q, k, v = prefill_inputs(8, 8, size, 4096, dtype, 0.0)
+            dense = own(q, k, v, SkipRule.never(), BlockGeometry())
+            shares, rates = [], []
+            for _ in range(rounds):
+                peak = peaks(rounds=3)
+                if isinstance(peak, str) or str(dtype) not in peak:
+                    return rows
+                times = measure({"own": dense}, 1, 1)["own"]
+                rates.append(rate(times, 8, size, 4096))
+                shares.append(rates[-1] / peak[str(dtype)])
+            rows.append(
+                {
+                    "dtype": str(dtype),
+                    "head_size": size,
+                    "gflops": statistics.median(rates),
+                    "share": statistics.median(shares),
+                }
+            )
+            print(f"share of the peak: {rows[-1]}", flush=True)
+    return rows
+
+
+def two_threads(rounds: int) -> list[dict[str, Any]]:
+    """Wall time of one thread over that of two, in turns."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for phase, shape, length in (
+            ("prefill", (8, 8, 64), 4096),
+            ("decode", (32, 8, 128), 32768),
+        ):
+            q, k, v = prefill_inputs(*shape, length, dtype, 0.0)
+            q = q[:, :, -1:].contiguous() if phase == "decode" else q
+            attend = own(q, k, v, SkipRule.never(), BlockGeometry())
+            each = []
+            for _ in range(rounds * (5 if phase == "decode" else 1)):
+                seconds = []
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    attend()
+                    start = time.perf_counter()
+                    attend()
+                    seconds.append(time.perf_counter() - start)
+                each.append(seconds[0] / seconds[1])
+            rows.append({"dtype": str(dtype), "phase": phase, "length": length, "ratios": each})
+            rows[-1]["speedup"] = statistics.median(each)
+            print(f"two threads: {dtype} {phase} {rows[-1]['speedup']:.2f}", flush=True)
+    torch.set_num_threads(1)
+    return rows
+
+
+def memory(lengths: list[int]) -> list[dict[str, Any]]:
+    """KiB that a call of one head adds to the peak of the resident set, its output included."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for name in ("sdpa", "64x64", "64x1"):
+            for length in lengths:
+                command = [sys.executable, "-c", MEMORY_SCRIPT, name, dtype, str(length)]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, cwd=HERE.parent, check=True
+                )
+                rows.append(
+                    {"dtype": dtype, "name": name, "length": length, "kib": int(done.stdout)}
+                )
+                print(f"memory: {rows[-1]}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "scaling.json")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "seed": SEED}
+    result |= {"head_size": SIZE, "low_blocks": SPARSITY, "lambda": LAMBDA, "peak": peaks()}
+    result["share_of_peak"] = share_of_peak(args.rounds)
+    result["two_threads"] = two_threads(args.rounds)
+    result["memory"] = memory([n for n in MEMORY_LENGTHS if n <= max(args.lengths)])
+    torch.set_num_threads(1)
+    result["growth"] = [
+        case
+        for dtype in (torch.float32, torch.bfloat16)
+        for case in growth(dtype, args.lengths, args.rounds)
+    ]
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
