@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import gradient_checks
 import pytest
 import torch
 import triton_source
@@ -201,6 +202,40 @@ def test_what_is_not_asked_for_changes_nothing() -> None:
     assert torch.equal(bare.counts, full.counts)
     assert full.skips is not None
     assert unpack_bits(full.skips, 5).sum() == full.counts[..., 1].sum()
+
+
+@pytest.mark.parametrize("rule", ["never", "blasst", "bsfa", "budget"])
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients(name: str, rule: str) -> None:
+    """Those of the masked dense graph in float64, over the blocks that this forward kept."""
+    call = make_call(**CALLS[name])
+    geometry = BlockGeometry(32, 32, split_k=64)
+    result = run(call, RULES[rule], geometry)
+    assert result.lse is not None
+    dout, dlse = torch.randn_like(result.out), torch.randn_like(result.lse)
+    found = triton_source.load().backward(
+        dout,
+        dlse,
+        call.q,
+        call.k,
+        call.v,
+        result.out,
+        result.lse,
+        result.skips,
+        call.key_valid,
+        call.q_offset,
+        call.sinks,
+        call.scale,
+        call.causal,
+        call.window or 0,
+        call.softcap or 0.0,
+        geometry.block_q,
+        geometry.block_k,
+    )
+    gradients = dict(zip(("q", "k", "v", "sinks"), found, strict=True))
+    if call.sinks is None:
+        assert gradients.pop("sinks").numel() == 0
+    gradient_checks.check(call, geometry, result, gradients, dout, dlse)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,10 @@ def decode_kernel(
     keys = tl.load(request_ptr + batch * 3 + 1) - first
     offset = tl.load(request_ptr + batch * 3 + 2) - first
     splits = tl.load(splits_ptr + batch * q_len + row)
+    # Decisions are numbered from the first row that may see a key.
+    vote = row
+    if CAUSAL:
+        vote = tl.maximum(row - tl.minimum(tl.maximum(-offset, 0), q_len), 0)
 
     members = tl.arange(0, PADDED_GROUP)
     real = members < group
@@ -110,7 +114,7 @@ def decode_kernel(
         log_lambda = tl.load(log_lambda_ptr + batch * stride_lb + head * stride_lh)
     threshold = tl.zeros([PADDED_GROUP], tl.float32)
     if threshold_ptr is not None:
-        threshold = tl.load(threshold_ptr + batch * stride_tb + head * stride_th + row * stride_tr)
+        threshold = tl.load(threshold_ptr + batch * stride_tb + head * stride_th + vote * stride_tr)
     eps = tl.zeros([PADDED_GROUP], tl.float32)
     if eps_ptr is not None:
         eps = tl.load(eps_ptr + batch * stride_eb + head * stride_eh)
@@ -185,7 +189,7 @@ def decode_kernel(
             skip = seen & (tl.min((agrees | (real == 0)).to(tl.int32), 0) > 0) & (must_keep == 0)
             skipped += skip.to(tl.int32)
             if skips_ptr is not None:
-                at = ((batch * kv_heads + kv_head) * q_len + row) * n_blocks + block
+                at = ((batch * kv_heads + kv_head) * q_len + vote) * n_blocks + block
                 if is_seed == 0:
                     tl.store(skips_ptr + at, skip.to(tl.int8))
             if seen & (skip == 0):

@@ -1,0 +1,353 @@
+"""The backward in Triton: gradients over the blocks that the forward kept, read from its skip bits.
+
+Two kernels recompute the weights from the scores and the forward's lse: one sums dQ along a block
+row, the other dK and dV along a block column, over all query heads of the group. Neither waits for
+the other or adds to what another program adds to, so results do not depend on the order of
+programs. With P the weights, dP = dO V^T and delta = sum(dO * O) of each row, dS = P (dP - delta);
+a softcap multiplies it by 1 - (s / softcap)^2.
+"""
+
+import triton
+import triton.language as tl
+
+from .rules import block_scores, dot, is_visible, narrow
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def row_range(request_ptr, batch, q_len, CAUSAL: tl.constexpr):
+    """First valid key, number of keys, column of row 0 (from the first key), first row."""
+    first = tl.load(request_ptr + batch * 3)
+    keys = tl.load(request_ptr + batch * 3 + 1) - first
+    offset = tl.load(request_ptr + batch * 3 + 2) - first
+    first_row = 0
+    if CAUSAL:
+        first_row = tl.minimum(tl.maximum(-offset, 0), q_len)
+    return first, keys, offset, tl.where(keys == 0, q_len, first_row)
+
+
+@triton.jit
+def was_kept(
+    skips_ptr, voter_at, vote, rows, block, n_votes, skip_bytes, q_len, DECODE: tl.constexpr
+):
+    """Which of `rows` kept `block`: bool [rows]. In decode each row has a vote of its own."""
+    kept = rows < q_len
+    if skips_ptr is not None:
+        if DECODE:
+            mine = kept & (rows >= vote)
+            at = (voter_at * n_votes + rows - vote) * skip_bytes + block // 8
+            bits = tl.load(skips_ptr + at, mask=mine, other=0)
+        else:
+            at = (voter_at * n_votes + vote) * skip_bytes + block // 8
+            bits = tl.load(skips_ptr + at) + tl.zeros_like(rows).to(tl.uint8)
+        kept = kept & (((bits.to(tl.int32) >> (block % 8)) & 1) == 0)
+    return kept
+
+
+@triton.jit
+def weights_and_slopes(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    visible,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """P and dS (with respect to q k^T, scale included), float32 [rows, columns]."""
+    s = block_scores(q, k, visible, scale, softcap, HAS_SOFTCAP)
+    alive = visible & (lse[:, None] > -float("inf"))
+    p = tl.where(alive, tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
+    ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
+    if HAS_SOFTCAP:
+        t = tl.where(alive, s / softcap, 0.0)
+        ds = ds * (1.0 - t * t)
+    return p, ds * scale
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,  # [B, Lq, Hq, Dv]
+    lse_ptr,  # float32 [B, Hq, Lq]
+    delta_ptr,  # float32 [B, Hq, Lq]
+    skips_ptr,  # uint8 [B, Hq | Hkv, NQ, skip_bytes] or none
+    valid_ptr,
+    request_ptr,
+    dq_ptr,  # [B, Hq, Lq, D]
+    scale,
+    softcap,
+    window,
+    q_len,
+    kv_len,
+    heads,
+    group,
+    n_votes,
+    skip_bytes,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_vd,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """DQ of one block row of one query head; grid `(NQ, Hq, B)`."""
+    row_block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
+    start = first_row + row_block * BLOCK_Q
+    if start < q_len:
+        rows = start + tl.arange(0, BLOCK_Q)
+        real = rows < q_len
+        position = offset + rows
+        dims = tl.arange(0, PADDED_HEAD)
+        values = tl.arange(0, PADDED_VALUE)
+        rows64 = rows.to(tl.int64)
+        row_at = (batch * heads + head) * q_len + rows64
+        q = tl.load(
+            q_ptr
+            + batch * stride_qb
+            + head * stride_qh
+            + rows64[:, None] * stride_ql
+            + dims[None, :] * stride_qd,
+            mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
+            other=0.0,
+        )
+        dout = tl.load(
+            dout_ptr
+            + ((batch * q_len + rows64[:, None]) * heads + head) * VALUE_SIZE
+            + values[None, :],
+            mask=real[:, None] & (values[None, :] < VALUE_SIZE),
+            other=0.0,
+        )
+        lse = tl.load(lse_ptr + row_at, mask=real, other=-float("inf"))
+        delta = tl.load(delta_ptr + row_at, mask=real, other=0.0)
+        voter_at = batch * heads + head
+        vote = row_block
+        if DECODE:
+            voter_at = batch * (heads // group) + head // group
+            vote = first_row
+
+        low = 0
+        high = tl.cdiv(keys, BLOCK_K)
+        if HAS_WINDOW:
+            low = tl.maximum(offset + start - window + 1, 0) // BLOCK_K
+        if CAUSAL:
+            last = offset + tl.minimum(start + BLOCK_Q, q_len) - 1
+            high = tl.minimum(high, last // BLOCK_K + 1)
+        dq = tl.zeros([BLOCK_Q, PADDED_HEAD], tl.float32)
+        for block in range(low, high):
+            kept = was_kept(
+                skips_ptr, voter_at, vote, rows, block, n_votes, skip_bytes, q_len, DECODE
+            )
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                column = block * BLOCK_K + tl.arange(0, BLOCK_K)
+                inside = column < keys
+                at = (first + column)[:, None].to(tl.int64)
+                k = tl.load(
+                    k_ptr
+                    + batch * stride_kb
+                    + (head // group) * stride_kh
+                    + at * stride_kl
+                    + dims[None, :] * stride_kd,
+                    mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
+                    other=0.0,
+                )
+                v = tl.load(
+                    v_ptr
+                    + batch * stride_vb
+                    + (head // group) * stride_vh
+                    + at * stride_vl
+                    + values[None, :] * stride_vd,
+                    mask=inside[:, None] & (values[None, :] < VALUE_SIZE),
+                    other=0.0,
+                )
+                visible = is_visible(
+                    position,
+                    column,
+                    inside,
+                    valid_ptr,
+                    batch * kv_len + first,
+                    window,
+                    CAUSAL,
+                    HAS_WINDOW,
+                )
+                _, ds = weights_and_slopes(
+                    q, k, v, dout, lse, delta, visible & kept[:, None], scale, softcap, HAS_SOFTCAP
+                )
+                dq += dot(narrow(ds, k.dtype), k)
+        tl.store(
+            dq_ptr + row_at[:, None] * HEAD_SIZE + dims[None, :],
+            narrow(dq, dq_ptr.dtype.element_ty),
+            mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
+        )
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    skips_ptr,
+    valid_ptr,
+    request_ptr,
+    dk_ptr,  # [B, Hkv, Lk, D]
+    dv_ptr,  # [B, Hkv, Lk, Dv]
+    scale,
+    softcap,
+    window,
+    q_len,
+    kv_len,
+    heads,
+    group,
+    n_votes,
+    skip_bytes,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_vd,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """DK and dV of one key block of one key/value head; grid `(NK, Hkv, B)`."""
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
+    begin = block * BLOCK_K
+    if begin < keys:
+        column = begin + tl.arange(0, BLOCK_K)
+        inside = column < keys
+        dims = tl.arange(0, PADDED_HEAD)
+        values = tl.arange(0, PADDED_VALUE)
+        at = (first + column)[:, None].to(tl.int64)
+        k = tl.load(
+            k_ptr
+            + batch * stride_kb
+            + kv_head * stride_kh
+            + at * stride_kl
+            + dims[None, :] * stride_kd,
+            mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr
+            + batch * stride_vb
+            + kv_head * stride_vh
+            + at * stride_vl
+            + values[None, :] * stride_vd,
+            mask=inside[:, None] & (values[None, :] < VALUE_SIZE),
+            other=0.0,
+        )
+        # The block rows that may see any of these keys.
+        low = 0
+        high = tl.cdiv(q_len - first_row, BLOCK_Q)
+        if CAUSAL:
+            low = tl.maximum(begin - (offset + first_row), 0) // BLOCK_Q
+        if HAS_WINDOW:
+            reach = begin + BLOCK_K - 1 + window - (offset + first_row)
+            high = tl.minimum(high, tl.cdiv(tl.maximum(reach, 0), BLOCK_Q))
+        dk = tl.zeros([BLOCK_K, PADDED_HEAD], tl.float32)
+        dv = tl.zeros([BLOCK_K, PADDED_VALUE], tl.float32)
+        for step in range(group * tl.maximum(high - low, 0)):
+            head = kv_head * group + step // (high - low)
+            row_block = low + step % (high - low)
+            rows = first_row + row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            voter_at = batch * heads + head
+            vote = row_block
+            if DECODE:
+                voter_at = batch * (heads // group) + kv_head
+                vote = first_row
+            kept = was_kept(
+                skips_ptr, voter_at, vote, rows, block, n_votes, skip_bytes, q_len, DECODE
+            )
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                real = rows < q_len
+                rows64 = rows.to(tl.int64)
+                row_at = (batch * heads + head) * q_len + rows64
+                q = tl.load(
+                    q_ptr
+                    + batch * stride_qb
+                    + head * stride_qh
+                    + rows64[:, None] * stride_ql
+                    + dims[None, :] * stride_qd,
+                    mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
+                    other=0.0,
+                )
+                dout = tl.load(
+                    dout_ptr
+                    + ((batch * q_len + rows64[:, None]) * heads + head) * VALUE_SIZE
+                    + values[None, :],
+                    mask=real[:, None] & (values[None, :] < VALUE_SIZE),
+                    other=0.0,
+                )
+                lse = tl.load(lse_ptr + row_at, mask=real, other=-float("inf"))
+                delta = tl.load(delta_ptr + row_at, mask=real, other=0.0)
+                visible = is_visible(
+                    offset + rows,
+                    column,
+                    inside,
+                    valid_ptr,
+                    batch * kv_len + first,
+                    window,
+                    CAUSAL,
+                    HAS_WINDOW,
+                )
+                p, ds = weights_and_slopes(
+                    q, k, v, dout, lse, delta, visible & kept[:, None], scale, softcap, HAS_SOFTCAP
+                )
+                dv += dot(tl.trans(narrow(p, dout.dtype)), dout)
+                dk += dot(tl.trans(narrow(ds, q.dtype)), q)
+        out_at = ((batch * (heads // group) + kv_head) * kv_len + first + column)[:, None]
+        tl.store(
+            dk_ptr + out_at * HEAD_SIZE + dims[None, :],
+            narrow(dk, dk_ptr.dtype.element_ty),
+            mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
+        )
+        tl.store(
+            dv_ptr + out_at * VALUE_SIZE + values[None, :],
+            narrow(dv, dv_ptr.dtype.element_ty),
+            mask=inside[:, None] & (values[None, :] < VALUE_SIZE),
+        )
