@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import scenarios
@@ -92,12 +91,16 @@ def first_key_lost(call: AttentionCall) -> AttentionCall:
 def test_mutation_turns_red(
     mutation: Mutation, name: str, scenario: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_call = attention.attend
-
-    def mutated(call: AttentionCall, *args: Any, **kwargs: Any) -> Any:
-        return run_call(mutation(call), *args, **kwargs)
-
-    monkeypatch.setattr(attention, "attend", mutated)
+    # What runs dense (a user's mask) goes another way than what skips.
+    for name_of_run in ("attend", "attend_dense"):
+        run_call = getattr(attention, name_of_run)
+        monkeypatch.setattr(
+            attention,
+            name_of_run,
+            lambda call, *args, run_call=run_call, **kwargs: run_call(
+                mutation(call), *args, **kwargs
+            ),
+        )
     builder, run = tiny_models.DECODERS[name], scenarios.ALL[scenario]
     eager, exact = two_precisions(builder, run)
     with torch.no_grad():
