@@ -24,6 +24,9 @@ SCHEMA_VERSION = 2
 FORMULA = "a * exp(b * target_sparsity)"
 LOG_FORMULA = "exp(log_a + b * target_sparsity)"
 
+#: What ModelOpt names as the target where it means all classes; none is called so.
+EVERY_ATTENTION = "Attention"
+
 #: Whose fit the group holds: other engines decide by blocks of about this size.
 GROUP_GEOMETRY = "64x128"
 
@@ -128,6 +131,8 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("targets", "ignore"):
         if group.get(name):
             fields[name] = list(group[name])
+    if fields.get("targets") == [EVERY_ATTENTION]:
+        del fields["targets"]
     if "fits" not in own:  # else they only repeat one of the fits
         factors = group.get("threshold_scale_factor", data.get("threshold_scale_factor"))
         if factors is not None:

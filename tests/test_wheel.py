@@ -18,6 +18,7 @@ PROBE = """
 import json, torch, hf_sparse_attention as h
 from hf_sparse_attention.backends import cpu
 from hf_sparse_attention.calibration.bundled import manifest, bundled
+import hf_sparse_attention_cli.app
 kernel = cpu.load_kernel()
 x = torch.randn(1, 2, 130, 32)
 result = h.block_skip_attention(x, x, x, rule=h.SkipRule.blasst(0.1))
@@ -26,6 +27,7 @@ print(json.dumps({
     "reason": h.available_backends()["cpu"],
     "kernel": getattr(kernel, "__file__", None),
     "backend": result.backend,
+    "command": hf_sparse_attention_cli.app.__file__,
     "texts": {e["file"]: len(bundled(e["kind"], e["part"]).encode()) for e in manifest()},
 }))
 """
@@ -52,7 +54,8 @@ def probe(folder: Path) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert str(found["package"]).startswith(str(folder))
+    for name in ("package", "command"):
+        assert str(found[name]).startswith(str(folder))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_sparse_attention._version import __version__
 from hf_sparse_attention.config import SparseAttentionConfig
-from hf_sparse_attention.config_schema import CONFIG_KEY, FORMULA, OWN_KEY
+from hf_sparse_attention.config_schema import CONFIG_KEY, EVERY_ATTENTION, FORMULA, OWN_KEY
 from hf_sparse_attention.types import PHASES, Phase
 
 
@@ -172,7 +172,7 @@ _VLLM = (
 def _modelopt(found: _Calibrated) -> _Made:
     group: dict[str, Any] = {
         "algorithm": "skip_softmax",
-        "targets": found.classes or ["Attention"],  # what ModelOpt writes for "all of them"
+        "targets": found.classes or [EVERY_ATTENTION],
         **({"ignore": found.ignore} if found.ignore else {}),
         "threshold_scale_factor": {"formula": FORMULA, **found.factors},
         "target_sparsity": found.targets,

@@ -64,10 +64,6 @@ def write_key(content: Mapping[str, Any], target: str | Path) -> Path:
         ValueError: the model uses the key for itself, or the file's name is taken.
     """
     target = Path(target)
-    if target.name == TAKEN_NAME:
-        raise ValueError(
-            f"{target}: expected another name: vLLM reads {TAKEN_NAME} for its dual-chunk models"
-        )
     written = dict(content)
     if target.is_dir():
         target = target / "config.json"
@@ -77,6 +73,19 @@ def write_key(content: Mapping[str, Any], target: str | Path) -> Path:
         ours = model.get(CONFIG_KEY, {}).get(OWN_KEY)
         kept = {} if ours is None else {OWN_KEY: ours}
         written = {**model, CONFIG_KEY: {**content[CONFIG_KEY], **kept}}
-    text = json.dumps(written, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(target, text.encode())
-    return target
+    return write_text(json.dumps(written, indent=2, sort_keys=True, allow_nan=False), target)
+
+
+def write_text(text: str, file: str | Path) -> Path:
+    """Writes `text`, what an export gave, to `file`, atomically.
+
+    Raises:
+        ValueError: the file's name is taken.
+    """
+    file = Path(file)
+    if file.name == TAKEN_NAME:
+        raise ValueError(
+            f"{file}: expected another name: vLLM reads {TAKEN_NAME} for its dual-chunk models"
+        )
+    write_atomically(file, f"{text}\n".encode())
+    return file
