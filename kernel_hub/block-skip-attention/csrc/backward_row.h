@@ -9,7 +9,7 @@
 #pragma once
 #include <sched.h>
 
-#include "backward_tile.h"
+#include "backward_bf16.h"
 
 namespace bsa::BSA_LEVEL {
 
@@ -174,14 +174,27 @@ struct BackwardRow {
   }
 };
 
-template <class E>
-void backward_row(const Backward& p, int64_t bh, int64_t t, char* scratch) {
-  BackwardRow<E>(p, bh / p.Hkv, bh % p.Hkv, t).run(scratch);
+// Calls run<E>() with the engine that serves elements T at this level.
+template <class T, class Run>
+BSA_INLINE auto with_gradients(const Backward& p, const Run& run) {
+#if BSA_ISA >= 3
+  if constexpr (__is_same(T, bf16))
+    if (Bf16Gradients::serves(p)) return run.template operator()<Bf16Gradients>();
+#endif
+  (void)p;
+  return run.template operator()<FloatGradients<T>>();
 }
 
-template <class E>
+template <class T>
+void backward_row(const Backward& p, int64_t bh, int64_t t, char* scratch) {
+  with_gradients<T>(p,
+                    [&]<class E>() { BackwardRow<E>(p, bh / p.Hkv, bh % p.Hkv, t).run(scratch); });
+}
+
+template <class T>
 size_t backward_scratch(const Backward& p) {
-  return BackwardRow<E>(p, 0, 0, 0).layout(nullptr);
+  return with_gradients<T>(p,
+                           [&]<class E>() { return BackwardRow<E>(p, 0, 0, 0).layout(nullptr); });
 }
 
 // Gradients of key `c` of a key/value head, from its sums.

@@ -64,7 +64,6 @@ BSA_INLINE void add_rows(const float* weights, int64_t n, int64_t rows, const fl
 template <class T>
 struct FloatGradients {
   using Element = T;
-  static bool serves(const Backward&) { return true; }
 
   const Backward& p;
   float *qt, *dot, *q, *dout;  // Q and dO, transposed and not
@@ -108,13 +107,7 @@ struct FloatGradients {
     alignas(64) float top[kLanes];
     score_rows(k, k_stride, n, qt, p.D, vectors, s, top);
     score_rows(v, v_stride, n, dot, p.Dv, vectors, dp, top);
-    weights.each(keys, n, vectors,
-                 [&](int64_t x, int j, const auto& at) __attribute__((always_inline)) {
-                   float* const here = s + x * kLanes + j * W;
-                   float* const there = dp + x * kLanes + j * W;
-                   const Weight w = at(keys[x], j, load(here), load(there));
-                   store(here, w.p), store(there, w.ds);
-                 });
+    weights.apply(keys, n, vectors, s, dp);
   }
 
   void add_to_queries(int64_t n, int vectors, float* dqt) {

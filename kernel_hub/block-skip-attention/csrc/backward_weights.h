@@ -22,25 +22,26 @@ struct Weights {
     for (int r = 0; r < kLanes; ++r) lane[r] = r;
   }
 
-  // Calls body(x, j, at) for each of n keys and `vectors` vectors of lanes; at(key, j, S, dP) gives
-  // the weights of vector j.
-  template <class Body>
-  BSA_PLAIN void each(const int64_t* keys, int64_t n, int vectors, const Body& body) const {
+  // S and dP of n keys, [n][64], become P and dS.
+  void apply(const int64_t* keys, int64_t n, int vectors, float* s, float* dp) const {
     const int64_t last = pos0 + vectors * W - 1;
     const bool edge = (p.causal && keys[n - 1] > pos0) || (p.window && keys[0] <= last - p.window);
     if (edge)
-      loop<true>(n, vectors, body);
+      loop<true>(keys, n, vectors, s, dp);
     else
-      loop<false>(n, vectors, body);
+      loop<false>(keys, n, vectors, s, dp);
   }
 
  private:
-  template <bool edge, class Body>
-  BSA_PLAIN void loop(int64_t n, int vectors, const Body& body) const {
-    const auto at = [&](int64_t key, int j, vf s, vf dp)
-                        __attribute__((always_inline)) { return weight<edge>(key, j, s, dp); };
+  template <bool edge>
+  BSA_PLAIN void loop(const int64_t* keys, int64_t n, int vectors, float* s, float* dp) const {
     for (int64_t x = 0; x < n; ++x)
-      for (int j = 0; j < vectors; ++j) body(x, j, at);
+      for (int j = 0; j < vectors; ++j) {
+        float* const here = s + x * kLanes + j * W;
+        float* const there = dp + x * kLanes + j * W;
+        const Weight w = weight<edge>(keys[x], j, load(here), load(there));
+        store(here, w.p), store(there, w.ds);
+      }
   }
 
   template <bool edge>

@@ -50,10 +50,8 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
 #define BSA_DOTS_BF16 BSA_LEVEL::FloatDots<BSA_LEVEL::bf16>
 #endif
 
-#define BSA_BACKWARD(name)                                      \
-  {BSA_LEVEL::name<BSA_LEVEL::FloatGradients<float>>,           \
-   BSA_LEVEL::name<BSA_LEVEL::FloatGradients<BSA_LEVEL::bf16>>, \
-   BSA_LEVEL::name<BSA_LEVEL::FloatGradients<BSA_LEVEL::f16>>}
+#define BSA_EACH(name) \
+  {BSA_LEVEL::name<float>, BSA_LEVEL::name<BSA_LEVEL::bf16>, BSA_LEVEL::name<BSA_LEVEL::f16>}
 
 #define BSA_DEFINE_LEVEL(symbol, label)                                                \
   const Level symbol = {                                                               \
@@ -72,10 +70,9 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
       {BSA_LEVEL::decode_finish<float>, BSA_LEVEL::decode_finish<BSA_LEVEL::bf16>,     \
        BSA_LEVEL::decode_finish<BSA_LEVEL::f16>},                                      \
       BSA_LEVEL::scratch_bytes,                                                        \
-      BSA_BACKWARD(backward_row),                                                      \
-      {BSA_LEVEL::backward_key<float>, BSA_LEVEL::backward_key<BSA_LEVEL::bf16>,       \
-       BSA_LEVEL::backward_key<BSA_LEVEL::f16>},                                       \
-      BSA_BACKWARD(backward_scratch),                                                  \
+      BSA_EACH(backward_row),                                                          \
+      BSA_EACH(backward_key),                                                          \
+      BSA_EACH(backward_scratch),                                                      \
   };
 
 }  // namespace bsa::BSA_LEVEL

@@ -63,6 +63,16 @@ BSA_INLINE void interleave(const bf16* a, const bf16* b, int64_t n, uint32_t* y)
   for (; d < n; ++d) y[d] = a[d].bits | uint32_t(b[d].bits) << 16;
 }
 
+// Two vectors rounded and interleaved: lane i holds a[i] in its low half, b[i] in its high half.
+BSA_INLINE __m512i zip(vf a, vf b) {
+  const __m512i order =
+      _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005,
+                        0x00160006, 0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b,
+                        0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return _mm512_permutexvar_epi16(order, both);
+}
+
 struct Bf16Engine {
   using Element = bf16;
   static bool serves(int64_t D) {
@@ -100,10 +110,6 @@ struct Bf16Engine {
                      void* packed, float* wide, float* ot) {
     uint32_t* p = static_cast<uint32_t*>(packed);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(wide);
-    const __m512i zip =
-        _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005,
-                          0x00160006, 0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b,
-                          0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f);
     vf sum[NR], shift[NR];
     for (int j = 0; j < NR; ++j) sum[j] = load(l + j * W), shift[j] = load(minus_top + j * W);
     for (int64_t k = 0; k < n; k += 2) {
@@ -112,8 +118,7 @@ struct Bf16Engine {
         const vf a = exp2v(load(s + k * kLanes + j * W) * unit + shift[j]);
         const vf b = odd ? vf{} : exp2v(load(s + (k + 1) * kLanes + j * W) * unit + shift[j]);
         sum[j] += a + b;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-        _mm512_storeu_si512(p + (k / 2) * kLanes + j * W, _mm512_permutexvar_epi16(zip, both));
+        _mm512_storeu_si512(p + (k / 2) * kLanes + j * W, zip(a, b));
       }
       const bf16* row = v + keys[k] * stride;
       interleave(row, odd ? row : v + keys[k + 1] * stride, Dv, pairs + (k / 2) * Dv);
