@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import peak, peers
 from hf_sparse_attention.backends import cpu
+from hf_sparse_attention.int8_keys import Int8Keys
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 HERE = Path(__file__).parent
@@ -57,10 +58,16 @@ def prefill_inputs(
 
 
 def own(
-    q: Tensor, k: Tensor, v: Tensor, rule: SkipRule, geometry: BlockGeometry
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SkipRule,
+    geometry: BlockGeometry,
+    copy: Int8Keys | None = None,
 ) -> Callable[[], Tensor]:
     """The kernel, as `[B, Hq, Lq, D]` like its peers."""
-    call = AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5)
+    data = None if copy is None else copy.data
+    call = AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5, int8_keys=data)
     return lambda: cpu.run(call, rule, geometry).out.transpose(1, 2)
 
 
@@ -189,8 +196,10 @@ def decode_case(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: in
         if not sparsity:
             contestants["eager"] = peers.eager(q, k, v)
         rule = SkipRule.blasst(LAMBDA)
+        copy = Int8Keys.of(k)
         for geometry in map(BlockGeometry.from_name, ("64x64", "64x1")):
             contestants[f"own blasst {geometry.name}"] = own(q, k, v, rule, geometry)
+            contestants[f"own blasst {geometry.name} int8 K"] = own(q, k, v, rule, geometry, copy)
         call = AttentionCall(q, k, v, scale=size**-0.5)
         visited, skipped = cpu.run(call, rule, BlockGeometry()).counts.sum((0, 1)).tolist()
         case = {

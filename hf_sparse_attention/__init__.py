@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from hf_sparse_attention.config import SparseAttentionConfig
     from hf_sparse_attention.control import load_thresholds, set_sparse_attention
     from hf_sparse_attention.functional import block_skip_attention
+    from hf_sparse_attention.int8_keys import Int8Keys
+    from hf_sparse_attention.key_cache import Int8KeyCache
     from hf_sparse_attention.stats import collect_stats
     from hf_sparse_attention.types import BlockGeometry, SkipRule
 
 #: Where each public name comes from; imported when it is first used.
 _HOMES = {
     "BlockGeometry": "types",
+    "Int8KeyCache": "key_cache",
+    "Int8Keys": "int8_keys",
     "SkipRule": "types",
     "SparseAttentionConfig": "config",
     "available_backends": "backends",
@@ -39,6 +43,8 @@ _HOMES = {
 
 __all__ = [
     "BlockGeometry",
+    "Int8KeyCache",
+    "Int8Keys",
     "SkipRule",
     "SparseAttentionConfig",
     "__version__",

@@ -19,6 +19,7 @@ from hf_sparse_attention.backends import choose_geometry
 from hf_sparse_attention.backends.dense import visibility
 from hf_sparse_attention.config import MethodName
 from hf_sparse_attention.functional import attend, attend_dense
+from hf_sparse_attention.int8_keys import attached
 from hf_sparse_attention.interface import config_value
 from hf_sparse_attention.masks import MaskReading, read_mask
 from hf_sparse_attention.methods import METHODS
@@ -86,7 +87,10 @@ def sparse_attention(
         The output `[B, Lq, Hq, Dv]`, contiguous, and the weights or None.
     """
     _refuse(module, cache, attention_mask, kwargs)
+    int8_keys, cached = attached(key), key
     query, key, value = _same_dtype(*_same_batch(query, key, value))
+    if key.shape != cached.shape or key.dtype != cached.dtype:
+        int8_keys = None
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     reading = read_mask(attention_mask, query.shape[2], key.shape[2], is_causal)
@@ -103,6 +107,7 @@ def sparse_attention(
         sinks=None if s_aux is None else s_aux.reshape(-1),
         mask=_biased(reading.mask, position_bias, key.shape[2]),
         dropout=float(dropout),
+        int8_keys=int8_keys,
     )
     settings = settings_of(module, method)
     if reading.sequences is None:

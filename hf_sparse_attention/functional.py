@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attention.backends import select
+from hf_sparse_attention.int8_keys import Int8Keys
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
 from hf_sparse_attention.validation import check
 
@@ -33,6 +34,7 @@ def block_skip_attention(
     sinks: Tensor | None = None,
     key_valid: Tensor | None = None,
     q_offset: Tensor | None = None,
+    int8_keys: Int8Keys | None = None,
     geometry: BlockGeometry | None = None,
     backend: str = "auto",
     return_skips: bool = False,
@@ -52,6 +54,8 @@ def block_skip_attention(
         sinks: `[Hq]` logits that join each softmax's denominator.
         key_valid: bool `[B, Lk]`, False for padding.
         q_offset: int64 `[1]` or `[B]`, the key column of query row 0 where it is not `Lk - Lq`.
+        int8_keys: an int8 copy of `k`, kept beside it. It can only save time, and that only in
+            decode on the cpu backend; it never changes the result, if it is a copy of these keys.
         geometry: block sizes and visiting order; None is 64x64, sink and diagonal first.
         backend: one of `available_backends()`, or "auto": the first that can.
         return_skips: also return which blocks were skipped.
@@ -71,6 +75,7 @@ def block_skip_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        int8_keys=None if int8_keys is None else int8_keys.data_for(k),
     )
     return attend(
         call,

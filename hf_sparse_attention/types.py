@@ -158,6 +158,8 @@ class AttentionCall:
         first_head: the layer's own number of query head 0: under tensor parallelism a rank holds
             the heads `first_head` to `first_head + Hq - 1`, and per-head thresholds are numbered by
             the whole layer's.
+        int8_keys: an int8 copy of k (`Int8Keys.data`), which must be one of just these keys. Only
+            the cpu backend reads it; the others ignore it, as it cannot change any result.
     """
 
     q: Tensor
@@ -173,6 +175,7 @@ class AttentionCall:
     mask: Tensor | None = None
     dropout: float = 0.0
     first_head: int = 0
+    int8_keys: Tensor | None = None
 
     @property
     def group(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_checks import structured
-from torch import Tensor
+from key_shapes import KEY_SHAPES, huge, int8, outlier_keys, tiny
 
 from hf_sparse_attention.backends import cpu
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
@@ -31,64 +31,6 @@ def pair(
 def same(a: AttentionResult, b: AttentionResult) -> bool:
     pairs = ((a.skips, b.skips), (a.counts, b.counts), (a.lse, b.lse), (a.out, b.out))
     return all(torch.equal(x, y) for x, y in pairs)
-
-
-def offset(k: Tensor) -> Tensor:
-    """All keys share most of themselves, as real ones do."""
-    return k + 20 * torch.randn(k.shape[-1])
-
-
-def outlier_channel(k: Tensor) -> Tensor:
-    """One channel dwarfs the others, so that they get few of the eight bits."""
-    k[..., 3] *= 200
-    return k
-
-
-def outlier_keys(k: Tensor) -> Tensor:
-    """A few keys dwarf the others of their chunk."""
-    k[:, :, ::50] *= 100
-    return k
-
-
-def mixed_scales(k: Tensor) -> Tensor:
-    """Every chunk of keys has a magnitude of its own, over fourteen decades."""
-    return k * 10.0 ** torch.linspace(-12, 2, k.shape[2])[:, None]
-
-
-def zeros(k: Tensor) -> Tensor:
-    """Half of the keys are zero."""
-    k[:, :, 1::2] = 0
-    return k
-
-
-def subnormal(k: Tensor) -> Tensor:
-    """Half of the keys lie below the smallest normal number."""
-    k[:, :, 1::2] *= 1e-39
-    return k
-
-
-def tiny(k: Tensor) -> Tensor:
-    return k * 1e-25
-
-
-def huge(k: Tensor) -> Tensor:
-    return k * 1e16
-
-
-def int8(k: Tensor) -> Tensor:
-    """Keys that the copy holds exactly, of mean zero, so that only the query's rounding remains."""
-    half = torch.randint(-127, 128, (*k.shape[:2], LENGTH // 2, k.shape[3])).float()
-    half[:, :, ::64, 0] = 127.0
-    return torch.cat([half, -half], dim=2) / 64
-
-
-def plain(k: Tensor) -> Tensor:
-    return k
-
-
-SHAPES_OF_K = [
-    plain, offset, outlier_channel, outlier_keys, mixed_scales, zeros, subnormal, tiny, huge, int8,
-]  # fmt: skip
 
 
 def adversarial(call: AttentionCall, geometry: BlockGeometry) -> SkipRule:
@@ -120,7 +62,7 @@ RULES: dict[str, Callable[[AttentionCall, BlockGeometry], SkipRule]] = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("change", SHAPES_OF_K, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", KEY_SHAPES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("geometry", ["64x64", "64x128", "64x1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_filter_changes_nothing(rule, change, geometry, dtype):

@@ -30,7 +30,7 @@ MAX_HEAD_SIZE = 512
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent / "kernel_hub" / "block-skip-attention"
 _WHEEL = _PACKAGE / "_kernels"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ORDERS = {"ascending": 0, "sink_diagonal": 1, "descending": 2}
 
 
@@ -106,7 +106,7 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if x.device.type != "cpu":
             return f"{name} lies on {x.device.type}, not on the CPU"
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             return f"{name} is {x.dtype}; float32, bfloat16 and float16 are compiled"
     if max(call.q.shape[-1], call.v.shape[-1]) > MAX_HEAD_SIZE:
         return f"head sizes are compiled up to {MAX_HEAD_SIZE}"
@@ -151,6 +151,7 @@ def run(
         rule.keep_sink,
         return_skips or (call.needs_grad and not rule.is_never),  # the backward reads them
         return_dropped_mass,
+        call.int8_keys if k is call.k else None,
     )
     return AttentionResult(
         out=out.to(call.q.dtype),
@@ -160,6 +161,19 @@ def run(
         dropped_mass=dropped_mass if return_dropped_mass else None,
         backend=NAME,
     )
+
+
+def empty_int8_keys(batch: int, heads: int, length: int, head_size: int) -> Tensor:
+    """The tensor that `AttentionCall.int8_keys` wants, for `length` keys; it knows none yet."""
+    kernel = load_kernel()
+    if isinstance(kernel, str):
+        raise RuntimeError(kernel)
+    return cast(Tensor, kernel.empty_int8_keys(batch, heads, length, head_size))
+
+
+def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
+    """Enters `k` `[B, Hkv, n, D]` into `copy` at `position`, one int64, and behind."""
+    getattr(torch.ops, _namespace()).append_int8_keys(k, position, copy)
 
 
 def _float32(x: Tensor | None) -> Tensor | None:

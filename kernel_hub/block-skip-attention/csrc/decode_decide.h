@@ -29,6 +29,7 @@ class Decider {
         bh_(bh),
         t_(position),
         unit_(ScoreUnits(p).unit),
+        diagonal_(p.causal ? (rq_.offset + position) / p.block_k : -1),
         budgeted_(p.any_rule && p.budget.data),
         track_(budgeted_ || (p.any_rule && p.dropped)),
         rows_(reinterpret_cast<DecodeRow*>(scratch)),
@@ -49,7 +50,7 @@ class Decider {
 
   void run() {
     memset(fate_, kUnseen, p_.NK);
-    if (span_.lo < span_.hi) walk();
+    if (sees()) walk();
     int64_t visited = 0, skipped = 0;
     for (int64_t j = 0; j < p_.NK; ++j)
       visited += fate_[j] != kUnseen, skipped += fate_[j] == kSkipped;
@@ -70,6 +71,13 @@ class Decider {
     }
   }
 
+  // From the scores of the seed alone: what a block's max will at least be compared with.
+  void see_seed() {
+    if (sees()) keep_seed(span_.lo / p_.block_k, (span_.hi - 1) / p_.block_k + 1);
+  }
+  bool sees() const { return span_.lo < span_.hi; }
+  float bound(int64_t head) const { return rows_[head].bound; }
+
  private:
   void walk() {
     const int64_t first = span_.lo / p_.block_k, last = (span_.hi - 1) / p_.block_k + 1;
@@ -77,7 +85,6 @@ class Decider {
       keep_all(first, last);
       return;
     }
-    diagonal_ = p_.causal ? (rq_.offset + t_) / p_.block_k : -1;
     if (p_.order == kDescending) {
       for (int64_t j = last; j-- > first;) visit(j);
       end_split();
@@ -88,9 +95,7 @@ class Decider {
       end_split();
       return;
     }
-    // The seed, kept whatever it holds.
-    if (first == 0 && seen(0)) keep(0);
-    if (diagonal_ > 0 && diagonal_ >= first && diagonal_ < last && seen(diagonal_)) keep(diagonal_);
+    keep_seed(first, last);
     const int64_t from = first > 1 ? first : 1,
                   to = diagonal_ >= 0 && diagonal_ < last ? diagonal_ : last;
     for (int64_t g = 0; g < p_.G; ++g) {
@@ -106,6 +111,12 @@ class Decider {
       visit_run(j, end_of_split(j, to));
       end_split();
     }
+  }
+
+  // Block 0 and the newest block, kept whatever they hold.
+  void keep_seed(int64_t first, int64_t last) {
+    if (first == 0 && seen(0)) keep(0);
+    if (diagonal_ > 0 && diagonal_ >= first && diagonal_ < last && seen(diagonal_)) keep(diagonal_);
   }
 
   void keep_all(int64_t first, int64_t last) {
@@ -242,10 +253,10 @@ class Decider {
   const Span span_;
   const int64_t bh_, t_;
   const float unit_;
+  const int64_t diagonal_;
   const bool budgeted_, track_;
   DecodeRow* const rows_;
   uint8_t* const fate_;
-  int64_t diagonal_ = -1;
 };
 
 static void decode_decide(const Problem& p, int64_t bh, int64_t position, char* scratch) {

@@ -1,5 +1,5 @@
-// Decode, pass 1 of 4: all scores of one region of keys, for all rows of one key/value head (the G
-// query heads at each of up to 8 positions), and the max of every block.
+// The scores of keys for all rows of one key/value head (the G query heads at each of up to 8
+// positions), and the max of every block.
 //
 // Decoding reads K once and does little with it, so the aim is memory bandwidth. Vector lanes run
 // along D, where K is contiguous; 4 keys x 4 rows are summed at a time and their 16 sums are then
@@ -165,39 +165,60 @@ BSA_INLINE float top_of(const float* x, int64_t n) {
   return nan ? __builtin_nanf("") : best;
 }
 
-template <class X>
-void decode_scores(const Problem& p, int64_t bh, int64_t region, char* scratch) {
-  using T = typename X::Element;
-  using Query = typename X::Query;
-  const int64_t b = bh / p.Hkv, kv_head = bh % p.Hkv;
-  const Request& rq = p.requests[b];
-  const int64_t c0 = region * p.region, c1 = c0 + p.region < rq.keys() ? c0 + p.region : rq.keys();
-  if (c0 >= c1) return;
-  // A region that no row sees (behind a window, or beyond the newest token) is not read.
-  int64_t lo = c1, hi = c0;
-  for (int64_t t = 0; t < p.Lq; ++t) {
-    const Span span(p, rq, t);
-    if (span.lo >= span.hi) continue;
-    if (span.lo < lo) lo = span.lo;
-    if (span.hi > hi) hi = span.hi;
+// The keys of [lo, hi) that some position sees.
+struct Seen {
+  int64_t lo, hi;
+  Seen(const Problem& p, const Request& rq, int64_t from, int64_t to) : lo(to), hi(from) {
+    for (int64_t t = 0; t < p.Lq; ++t) {
+      const Span span(p, rq, t);
+      if (span.lo >= span.hi) continue;
+      if (span.lo < lo) lo = span.lo;
+      if (span.hi > hi) hi = span.hi;
+    }
+    lo = lo < from ? from : lo;
+    hi = hi > to ? to : hi;
   }
-  lo = lo < c0 ? c0 : lo;
-  hi = hi > c1 ? c1 : hi;
-  if (lo >= hi) return;
+};
 
-  // Rows are ordered by position, then by head within the group.
-  Query* q = reinterpret_cast<Query*>(scratch);
-  const int64_t step = X::padded(p.D);
+// The blocks that decide() keeps whatever they hold: block 0, and [newest, behind), the newest one
+// of each position.
+struct Seed {
+  int64_t newest = 0, behind = 0;
+  Seed(const Problem& p, const Request& rq) {
+    if (!p.causal || rq.offset + p.Lq <= 0) return;
+    newest = (rq.offset > 0 ? rq.offset : 0) / p.block_k;
+    behind = (rq.offset + p.Lq - 1) / p.block_k + 1;
+  }
+  bool has(int64_t block) const { return block == 0 || (block >= newest && block < behind); }
+};
+
+// Rows are ordered by position, then by head within the group.
+template <class X>
+typename X::Query* pack_rows(const Problem& p, int64_t bh, char* scratch) {
+  auto* q = reinterpret_cast<typename X::Query*>(scratch);
+  const int64_t head = bh % p.Hkv * p.G;
   for (int64_t r = 0; r < p.rows; ++r)
-    X::pack(row_of<T>(p.q, b, kv_head * p.G + r % p.G, r / p.G), p.D, q + r * step);
-  const T* k = row_of<T>(p.k, b, kv_head, rq.first);
+    X::pack(row_of<typename X::Element>(p.q, bh / p.Hkv, head + r % p.G, r / p.G), p.D,
+            q + r * X::padded(p.D));
+  return q;
+}
+
+// The scores of all rows with n keys: those that `keys` names, or the ones from `from` on.
+template <class X>
+void score_keys(const Problem& p, int64_t bh, const typename X::Query* q, const int32_t* keys,
+                int64_t from, int64_t n) {
+  using T = typename X::Element;
+  const Request& rq = p.requests[bh / p.Hkv];
+  const T* k = row_of<T>(p.k, bh / p.Hkv, bh % p.Hkv, rq.first);
   float* s = p.scores + bh * p.rows * p.score_stride;
-  for (int64_t c = lo; c < hi; c += kKeys) {
+  const int64_t step = X::padded(p.D);
+  const auto row = [&](int64_t i) { return k + (keys ? keys[i] : from + i) * p.k.row; };
+  for (int64_t c = 0; c < n; c += kKeys) {
     const T* at[kKeys];
-    for (int i = 0; i < kKeys; ++i) at[i] = k + (c + i < hi ? c + i : hi - 1) * p.k.row;
-    const int64_t n = hi - c < kKeys ? hi - c : kKeys;
+    const int64_t here = n - c < kKeys ? n - c : kKeys;
+    for (int i = 0; i < kKeys; ++i) at[i] = row(i < here ? c + i : n - 1);
     for (int i = 0; i < kKeys; ++i)
-      if (c + i + kAhead < hi) prefetch_row(at[i] + kAhead * p.k.row, p.D);
+      if (c + i + kAhead < n) prefetch_row(row(c + i + kAhead), p.D);
     for (int64_t r = 0; r < p.rows; r += kDecodeRows) {
       alignas(64) float sums[kTile];
       const int64_t m = p.rows - r < kDecodeRows ? p.rows - r : kDecodeRows;
@@ -210,21 +231,25 @@ void decode_scores(const Problem& p, int64_t bh, int64_t region, char* scratch) 
       } else {
         X::template tile<1>(at, q + r * step, p.D, sums);
       }
-      // The next keys may be another thread's.
       for (int64_t y = 0; y < m; ++y) {
-        float* to = s + (r + y) * p.score_stride + c;
-        if (n == kKeys)
-          memcpy(to, sums + y * kKeys, kKeys * sizeof(float));
-        else
-          memcpy(to, sums + y * kKeys, n * sizeof(float));
+        float* to = s + (r + y) * p.score_stride;
+        if (keys)
+          for (int64_t i = 0; i < here; ++i) to[keys[c + i]] = sums[y * kKeys + i];
+        else if (here == kKeys)
+          memcpy(to + from + c, sums + y * kKeys, kKeys * sizeof(float));
+        else  // the next keys may be another thread's
+          memcpy(to + from + c, sums + y * kKeys, here * sizeof(float));
       }
     }
   }
+}
 
+// From products to scores for the keys [lo, hi).
+static void finish_scores(const Problem& p, int64_t bh, int64_t lo, int64_t hi) {
+  const Request& rq = p.requests[bh / p.Hkv];
   const ScoreUnits units(p);
   for (int64_t r = 0; r < p.rows; ++r) {
-    const Span span(p, rq, r / p.G);
-    float* x = s + r * p.score_stride;
+    float* x = p.scores + (bh * p.rows + r) * p.score_stride;
     if (!units.trivial())
       for (int64_t c = lo; c < hi; c += W) {
         const vf y = ScoreUnits::apply(units, hi - c < W ? load_some(x + c, hi - c) : load(x + c));
@@ -232,12 +257,18 @@ void decode_scores(const Problem& p, int64_t bh, int64_t region, char* scratch) 
       }
     if (rq.valid)
       for (int64_t c = lo; c < hi; ++c) x[c] = rq.valid[c] ? x[c] : -kInf;
-    if (p.block_k == 1) continue;
-    for (int64_t j = lo / p.block_k; j * p.block_k < hi; ++j) {
-      int64_t a = j * p.block_k, e = a + p.block_k;
-      a = a < span.lo ? span.lo : a, e = e > span.hi ? span.hi : e;
-      p.block_max[(bh * p.rows + r) * p.NK + j] = top_of(x + a, e - a);
-    }
+  }
+}
+
+// The max of block j in every row.
+static void block_maxima(const Problem& p, int64_t bh, int64_t j) {
+  const Request& rq = p.requests[bh / p.Hkv];
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const Span span(p, rq, r / p.G);
+    int64_t a = j * p.block_k, e = a + p.block_k;
+    a = a < span.lo ? span.lo : a, e = e > span.hi ? span.hi : e;
+    p.block_max[(bh * p.rows + r) * p.NK + j] =
+        top_of(p.scores + (bh * p.rows + r) * p.score_stride + a, e - a);
   }
 }
 

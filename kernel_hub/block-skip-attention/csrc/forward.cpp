@@ -29,7 +29,7 @@ void clear_unseen_rows(const Problem& p) {
 // How far a key/value head has come in decoding.
 struct Head {
   std::atomic<int64_t> scored{0}, weighed{0};
-  std::atomic<bool> decided{false};
+  std::atomic<bool> seeded{false}, decided{false};
 };
 
 // Whether prefill may use the int8 copy of K. The budget and the certificate need exact maxima, a
@@ -37,6 +37,13 @@ struct Head {
 bool may_filter(const Problem& p, const Level& level) {
   return level.filters && p.any_rule && !p.budget.data && !p.dropped && p.softcap == 0 &&
          p.scale > 0 && p.Lq * p.G >= 512;
+}
+
+// Whether decode may use the caller's int8 copy of K: as in prefill; and where the walk does not
+// begin with a seed, nothing is known beforehand to compare with. Short caches are not worth it.
+bool may_filter_decode(const Problem& p, int64_t keys) {
+  return p.int8.data && p.any_rule && !p.budget.data && !p.dropped && p.softcap == 0 &&
+         p.scale > 0 && p.order == kSinkDiagonal && keys > kDecodeRegion;
 }
 
 void make_room_for_planes(Problem& p, Workspace& workspace) {
@@ -84,6 +91,15 @@ void run_prefill(Problem& p, const Level& level) {
   workspace.trim(size_t(256) << 20);
 }
 
+void run_append(const NewKeys& keys, const Level& level) {
+  const auto task = [&](int64_t bh, char*) { level.append_keys[int(keys.dtype)](keys, bh); };
+  if (keys.n < 16) {  // one token's keys are written before a second thread is awake
+    for (int64_t bh = 0; bh < keys.B * keys.Hkv; ++bh) task(bh, nullptr);
+  } else {
+    run_tasks(keys.B * keys.Hkv, 64, task);
+  }
+}
+
 void run_decode(Problem& p, const Level& level) {
   const int type = int(p.dtype);
   const int64_t heads = p.B * p.Hkv;
@@ -107,8 +123,18 @@ void run_decode(Problem& p, const Level& level) {
   const size_t row_max = reserve(heads * p.rows * 4);
   const size_t row_c = reserve(heads * p.rows * 4);
   const size_t partial = reserve(heads * p.regions * p.rows * partial_width(p) * 4);
+  const bool filters = may_filter_decode(p, keys);
+  const size_t filter_rows = reserve(filters ? heads * p.rows * sizeof(FilterRow) : 0);
+  const size_t filter_q = reserve(filters ? heads * p.rows * p.int8.width * 2 : 0);
+  const size_t filter_state = reserve(filters ? heads * 8 : 0);
   static thread_local Workspace workspace;
   char* const memory = workspace.get(bytes);
+  if (filters) {
+    p.filter_rows = reinterpret_cast<FilterRow*>(memory + filter_rows);
+    p.filter_q = reinterpret_cast<int32_t*>(memory + filter_q);
+    p.filter_state = reinterpret_cast<int32_t*>(memory + filter_state);
+    std::fill_n(p.filter_state, heads * 2, 0);
+  }
   p.scores = reinterpret_cast<float*>(memory + scores);
   p.block_max = reinterpret_cast<float*>(memory + block_max);
   p.fate = reinterpret_cast<uint8_t*>(memory + fate);
@@ -121,11 +147,18 @@ void run_decode(Problem& p, const Level& level) {
   // what needs all of them. No one waits for a task that has not begun, as tasks are begun in
   // order.
   std::unique_ptr<Head[]> states(new Head[heads]);
-  const int64_t half = heads * p.regions;
-  run_tasks(2 * half, level.scratch_bytes(p), [&](int64_t i, char* memory) {
+  const int64_t half = heads * p.regions, seeds = filters ? heads : 0;
+  run_tasks(seeds + 2 * half, level.scratch_bytes(p), [&](int64_t i, char* memory) {
+    if (i < seeds) {
+      level.decode_seed[type](p, i, memory);
+      states[i].seeded.store(true);
+      return;
+    }
+    i -= seeds;
     const int64_t bh = i % half / p.regions, region = i % p.regions;
     Head& head = states[bh];
     if (i < half) {
+      while (filters && !head.seeded.load()) std::this_thread::yield();
       level.decode_scores[type](p, bh, region, memory);
       if (head.scored.fetch_add(1) + 1 == p.regions) {
         for (int64_t t = 0; t < p.Lq; ++t) level.decode_decide(p, bh, t, memory);

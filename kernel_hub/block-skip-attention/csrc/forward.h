@@ -8,5 +8,7 @@ namespace bsa {
 // decode_*.h.
 void run_prefill(Problem& p, const Level& level);
 void run_decode(Problem& p, const Level& level);
+// Enters new keys into an int8 copy of K.
+void run_append(const NewKeys& keys, const Level& level);
 
 }  // namespace bsa

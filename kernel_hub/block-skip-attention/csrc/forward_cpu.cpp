@@ -3,6 +3,7 @@
 
 #include "../torch-ext/torch_binding.h"
 #include "forward.h"
+#include "int8_keys_cpu.h"
 #include "tensors.h"
 
 using bsa::MaybeTensor, bsa::ScalarType, bsa::Tensor;
@@ -37,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     Tensor q, Tensor k, Tensor v, MaybeTensor key_valid, MaybeTensor q_offset, MaybeTensor sinks,
     MaybeTensor log_lambda, MaybeTensor block_threshold, MaybeTensor max_dropped_mass, double scale,
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
-    int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass) {
+    int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
+    MaybeTensor int8_keys) {
   STD_TORCH_CHECK(order >= 0 && order <= 2,
                   "order: expected 0 ascending, 1 sink_diagonal or 2 descending, got ", order);
   STD_TORCH_CHECK(split_k >= 1, "split_k: expected at least 1, got ", split_k);
@@ -49,6 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   p.threshold = rule_tensor(block_threshold, "block_threshold", {p.B, p.Hq, p.NQ});
   p.budget = rule_tensor(max_dropped_mass, "max_dropped_mass", {p.B, p.Hq});
   p.any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
+
+  if (int8_keys) p.int8 = bsa::int8_keys(*int8_keys, p.B, p.Hkv, p.D, p.Lk);
 
   Tensor out = torch::stable::new_empty(q, {p.B, p.Lq, p.Hq, p.Dv});
   Tensor lse = torch::stable::new_empty(q, {p.B, p.Hq, p.Lq}, ScalarType::Float);

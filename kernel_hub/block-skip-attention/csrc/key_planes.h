@@ -10,7 +10,6 @@
 
 namespace bsa::BSA_LEVEL {
 
-#if BSA_ISA >= 3
 // Norms are sums of D floats and a square root: 1.0001 is above all of their rounding for D <= 512.
 constexpr float kNormSlack = 1.0001f;
 // By how much x = fl(fl(k - mean) * fl(127 / max)) may miss (k - mean) / alpha, |x| <= 127.
@@ -31,6 +30,7 @@ struct Int8Scale {
   }
 };
 
+#if BSA_ISA >= 3
 template <class T>
 void mean_of_head(const Problem& p, int64_t bh) {
   const Request& rq = p.requests[bh / p.Hkv];

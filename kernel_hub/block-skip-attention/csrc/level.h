@@ -2,6 +2,8 @@
 // BSA_LEVEL.
 #pragma once
 #include "backward_row.h"
+#include "decode_region.h"
+#include "decode_seed.h"
 #include "decode_values.h"
 #include "tile_bf16.h"
 
@@ -14,7 +16,7 @@ static size_t scratch_bytes(const Problem& p) {
                          round((kLanes + step) * kLanes * 4) + round(kLanes * kLanes * 2) +
                          round(kLanes * widest * 4) + round((kLanes + step) * 8) +
                          round(Filter<float>::bytes(p)) + round(kLanes * p.D * 4);
-  const size_t scores = size_t(p.rows) * ((p.D + 31) / 32 * 32) * 4;
+  const size_t scores = size_t(p.rows) * ((p.D + 31) / 32 * 32) * 4 + size_t(p.region) * 4;
   const size_t values = size_t(p.region) * (sizeof(void*) + 4 + 4 * p.G) + 64;
   const size_t decide = size_t(p.G) * sizeof(DecodeRow);
   size_t most = prefill;
@@ -52,27 +54,27 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
 
 #define BSA_EACH(name) \
   {BSA_LEVEL::name<float>, BSA_LEVEL::name<BSA_LEVEL::bf16>, BSA_LEVEL::name<BSA_LEVEL::f16>}
+#define BSA_EACH_DOTS(name)                                                      \
+  {BSA_LEVEL::name<BSA_LEVEL::FloatDots<float>>, BSA_LEVEL::name<BSA_DOTS_BF16>, \
+   BSA_LEVEL::name<BSA_LEVEL::FloatDots<BSA_LEVEL::f16>>}
 
-#define BSA_DEFINE_LEVEL(symbol, label)                                                \
-  const Level symbol = {                                                               \
-      label,                                                                           \
-      {BSA_LEVEL::max_abs_of_head<float>, BSA_LEVEL::max_abs_of_head<BSA_LEVEL::bf16>, \
-       BSA_LEVEL::max_abs_of_head<BSA_LEVEL::f16>},                                    \
-      BSA_ISA >= 3,                                                                    \
-      {BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<float>>, BSA_PREFILL_BF16,            \
-       BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},                    \
-      {BSA_LEVEL::decode_scores<BSA_LEVEL::FloatDots<float>>,                          \
-       BSA_LEVEL::decode_scores<BSA_DOTS_BF16>,                                        \
-       BSA_LEVEL::decode_scores<BSA_LEVEL::FloatDots<BSA_LEVEL::f16>>},                \
-      BSA_LEVEL::decode_decide,                                                        \
-      {BSA_LEVEL::decode_values<float>, BSA_LEVEL::decode_values<BSA_LEVEL::bf16>,     \
-       BSA_LEVEL::decode_values<BSA_LEVEL::f16>},                                      \
-      {BSA_LEVEL::decode_finish<float>, BSA_LEVEL::decode_finish<BSA_LEVEL::bf16>,     \
-       BSA_LEVEL::decode_finish<BSA_LEVEL::f16>},                                      \
-      BSA_LEVEL::scratch_bytes,                                                        \
-      BSA_EACH(backward_row),                                                          \
-      BSA_EACH(backward_key),                                                          \
-      BSA_EACH(backward_scratch),                                                      \
+#define BSA_DEFINE_LEVEL(symbol, label)                                     \
+  const Level symbol = {                                                    \
+      label,                                                                \
+      BSA_EACH(max_abs_of_head),                                            \
+      BSA_ISA >= 3,                                                         \
+      {BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<float>>, BSA_PREFILL_BF16, \
+       BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},         \
+      BSA_EACH(append_keys),                                                \
+      BSA_EACH_DOTS(decode_seed),                                           \
+      BSA_EACH_DOTS(decode_scores),                                         \
+      BSA_LEVEL::decode_decide,                                             \
+      BSA_EACH(decode_values),                                              \
+      BSA_EACH(decode_finish),                                              \
+      BSA_LEVEL::scratch_bytes,                                             \
+      BSA_EACH(backward_row),                                               \
+      BSA_EACH(backward_key),                                               \
+      BSA_EACH(backward_scratch),                                           \
   };
 
 }  // namespace bsa::BSA_LEVEL

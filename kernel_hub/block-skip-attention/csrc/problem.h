@@ -73,6 +73,38 @@ struct KeyPlanes {
   uint8_t *chunk_state = nullptr, *head_state = nullptr;
 };
 
+// The int8 copy of K that is kept beside a cache, for decode: see int8_keys.h. All zeros: an empty
+// copy.
+struct Int8Keys {
+  uint8_t* data = nullptr;  // [B * Hkv, 1 + chunks, chunk_bytes]; null: none
+  int64_t chunks = 0, width = 0;
+  Int8Keys() = default;
+  Int8Keys(uint8_t* data_, int64_t chunks_, int64_t D)
+      : data(data_), chunks(chunks_), width((D + 3) / 4 * 4) {}
+  // A chunk: the bytes of 64 keys, then three floats a key.
+  BSA_PLAIN static int64_t chunk_bytes(int64_t D) { return kLanes * ((D + 3) / 4 * 4 + 12); }
+  BSA_PLAIN uint8_t* head(int64_t bh) const {
+    return data + bh * (1 + chunks) * kLanes * (width + 12);
+  }
+  BSA_PLAIN uint8_t* chunk(int64_t bh, int64_t i) const {
+    return head(bh) + (1 + i) * kLanes * (width + 12);
+  }
+};
+
+// New keys [B, Hkv, n, D] for an int8 copy, to stand at `start` and behind.
+struct NewKeys {
+  Strided k;
+  Dtype dtype = Dtype::f32;
+  int64_t B = 0, Hkv = 0, n = 0, D = 0, start = 0;
+  Int8Keys copy;
+};
+
+// A query row of decode as the filter wants it, see decode_filter.h.
+struct FilterRow {
+  float unit, per_copied, per_rest, room;
+  int32_t start;
+};
+
 struct Problem {
   Strided q, k, v;
   Dtype dtype = Dtype::f32;
@@ -99,6 +131,8 @@ struct Problem {
   float* k_max = nullptr;  // prefill: the largest |k| of each [B, Hkv], infinite if not finite
   KeyPlanes planes;
 
+  Int8Keys int8;  // decode: what the caller keeps beside K
+
   // Decode only: what its four passes hand to each other.
   int64_t region = kDecodeRegion, regions = 0, rows = 0, score_stride = 0;
   float* scores = nullptr;     // [B * Hkv, rows, score_stride]
@@ -108,6 +142,10 @@ struct Problem {
   float* row_c = nullptr;      // [B * Hkv, rows]: log2 of the bound on what was dropped
   float* partial = nullptr;    // [B * Hkv, regions, rows, partial_width]: weighted values, and the
                                // sum of weights behind them
+  // Null: no filter.
+  FilterRow* filter_rows = nullptr;  // [B * Hkv, rows]
+  int32_t* filter_q = nullptr;       // [B * Hkv, rows, 2 * width / 4]
+  int32_t* filter_state = nullptr;   // [B * Hkv, 2]: see FilterTrust
 };
 
 // A whole number of cache lines, with room for the sum of the weights.
@@ -121,6 +159,8 @@ struct Level {
   float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
   bool filters;  // whether prefill has its int8 filter
   void (*prefill[3])(const Problem&, int64_t b, int64_t head, int64_t block_row, char* scratch);
+  void (*append_keys[3])(const NewKeys&, int64_t bh);
+  void (*decode_seed[3])(const Problem&, int64_t bh, char* scratch);
   void (*decode_scores[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
   void (*decode_decide)(const Problem&, int64_t bh, int64_t position, char* scratch);
   void (*decode_values[3])(const Problem&, int64_t bh, int64_t region, char* scratch);

@@ -12,19 +12,21 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "causal, "
       "int window, float softcap, int block_q, int block_k, int order, int split_k, bool "
       "keep_sink, "
-      "bool return_skips, bool return_dropped_mass) "
+      "bool return_skips, bool return_dropped_mass, Tensor? int8_keys=None) "
       "-> (Tensor out, Tensor lse, Tensor counts, Tensor skips, Tensor dropped_mass)");
   ops.def(
       "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor skips, Tensor? key_valid, Tensor? q_offset, Tensor? sinks, float scale, bool causal, "
       "int window, float softcap, int block_q, int block_k) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+  ops.def("append_int8_keys(Tensor k, Tensor position, Tensor(a!) copy) -> ()");
   ops.def("cpu_level() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("forward", TORCH_BOX(&forward_cpu));
   ops.impl("backward", TORCH_BOX(&backward_cpu));
+  ops.impl("append_int8_keys", TORCH_BOX(&append_int8_keys_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 
-__all__ = ["ASCENDING", "DESCENDING", "SINK_DIAGONAL", "cpu_level", "forward"]
+__all__ = [
+    "ASCENDING",
+    "DESCENDING",
+    "SINK_DIAGONAL",
+    "append_int8_keys",
+    "cpu_level",
+    "empty_int8_keys",
+    "forward",
+]
 
 ASCENDING, SINK_DIAGONAL, DESCENDING = 0, 1, 2
 _DECODE_MAX_QUERIES = 8
@@ -37,6 +45,7 @@ def forward(
     keep_sink: bool = True,
     return_skips: bool = False,
     return_dropped_mass: bool = False,
+    int8_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention of `q` over `k` and `v` without the blocks that every given rule agrees to skip.
 
@@ -74,6 +83,8 @@ def forward(
         keep_sink: with `block_threshold`, never skip block 0.
         return_skips: whether `skips` is wanted.
         return_dropped_mass: whether `dropped_mass` is wanted.
+        int8_keys: an int8 copy of `k`, see `empty_int8_keys`. It saves reading blocks of K in
+            decode and changes no result, provided that it is a copy of these very keys.
 
     Returns:
         out: `[B, Lq, Hq, Dv]`; lse: float32 `[B, Hq, Lq]`; counts: int64 `[B, Hq, 2]`, blocks
@@ -102,12 +113,35 @@ def forward(
         keep_sink,
         return_skips,
         return_dropped_mass,
+        int8_keys,
     )
+
+
+def empty_int8_keys(batch: int, heads: int, length: int, head_size: int) -> Tensor:
+    """An int8 copy of a cache of `length` keys, as yet of none of them.
+
+    Returns:
+        uint8 `[batch, heads, 1 + ceil(length / 64), 64 * (head_size rounded up to 4, + 12)]`, all
+        zeros, which means: nothing known. Each head is 64 keys a row, with their scales and norms,
+        behind one row that holds a mean. Rows of the batch may be selected, repeated or zeroed.
+    """
+    width = (head_size + 3) // 4 * 4
+    return torch.zeros(batch, heads, 1 + (length + 63) // 64, 64 * (width + 12), dtype=torch.uint8)
+
+
+def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
+    """Enters `k` `[B, Hkv, n, D]` into `copy` at `position` (int64, one element) and behind."""
+    ops.append_int8_keys(k, position, copy)
 
 
 def cpu_level() -> str:
     """The level of instructions that the next call would use."""
     return ops.cpu_level()
+
+
+@torch.library.register_fake(add_op_namespace_prefix("append_int8_keys"), allow_override=True)
+def _append_fake(_k, _position, _copy):
+    return None
 
 
 # allow_override: the module may be imported twice, from two paths that hold the same build.
@@ -163,7 +197,7 @@ def _backward(ctx, dout, dlse, *_):
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = ops.backward(dout, dlse, *tensors, sinks, *ctx.options)
-    return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 14
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 15
 
 
 def _refuse_second_backward(ctx, *grads):
