@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_sparse_attention.int8_keys import Int8Keys
     from hf_sparse_attention.key_cache import Int8KeyCache
     from hf_sparse_attention.stats import collect_stats
+    from hf_sparse_attention.training import SparseAttentionCallback
     from hf_sparse_attention.types import BlockGeometry, SkipRule
 
 #: Where each public name comes from; imported when it is first used.
@@ -32,6 +33,7 @@ _HOMES = {
     "Int8KeyCache": "key_cache",
     "Int8Keys": "int8_keys",
     "SkipRule": "types",
+    "SparseAttentionCallback": "training",
     "SparseAttentionConfig": "config",
     "available_backends": "backends",
     "block_skip_attention": "functional",
@@ -46,6 +48,7 @@ __all__ = [
     "Int8KeyCache",
     "Int8Keys",
     "SkipRule",
+    "SparseAttentionCallback",
     "SparseAttentionConfig",
     "__version__",
     "available_backends",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,17 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse_attention.backends import BACKENDS
+from hf_sparse_attention.changes import ByPhase, updated
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.config_schema import CONFIG_KEY, is_ours
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.interface import foreign_message
 from hf_sparse_attention.methods import METHODS
 from hf_sparse_attention.settings import ATTRIBUTE, LayerSettings, announce
-from hf_sparse_attention.types import PHASES, Phase
 
 logger = logging.getLogger(__name__)
-
-ByPhase = float | Mapping[Phase, float] | None
 
 
 def set_sparse_attention(
@@ -65,7 +62,7 @@ def set_sparse_attention(
         ValueError: a value is out of its range, the method lacks its calibration, or the model's
             attention cannot be reached; the message names what was expected and what was got.
     """
-    pretrained = _pretrained(model)
+    pretrained = pretrained_model(model)
     _check_reachable(pretrained)
     if isinstance(method, SparseAttentionConfig):
         config = method
@@ -78,19 +75,15 @@ def set_sparse_attention(
         raise ValueError(
             f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {backend!r}"
         )
-    if target_sparsity is not None and config.fits:
-        config = _calibrated_again(config, target_sparsity)
-    changes: dict[str, Any] = {
-        "target_sparsity": _merged(config.target_sparsity, target_sparsity),
-        "threshold_scale_factor": _merged(config.threshold_scale_factor, threshold_scale_factor),
-        "max_dropped_mass": _merged(config.max_dropped_mass, max_dropped_mass),
-        "level": level,
-        "backend": backend,
-        "min_length": min_length,
-    }
-    config = replace(config, **{name: x for name, x in changes.items() if x is not None})
-    _check_meaningful(config, target_sparsity, threshold_scale_factor, level)
-    METHODS[config.method].check(config)
+    config = updated(
+        config,
+        target_sparsity=target_sparsity,
+        threshold_scale_factor=threshold_scale_factor,
+        max_dropped_mass=max_dropped_mass,
+        level=level,
+        backend=backend,
+        min_length=min_length,
+    )
     _apply(model, pretrained, config)
     return config
 
@@ -109,18 +102,42 @@ def load_thresholds(
         FileNotFoundError, ValueError: nothing is there, it is damaged, or another model's.
     """
     config = SparseAttentionConfig.from_pretrained(repo_or_folder, revision=revision)
-    if config.tables is not None:
-        expected = ModelFingerprint.of(_pretrained(model).config)
-        if differences := expected.differences(config.tables.fingerprint):
-            raise ValueError(
-                f"{repo_or_folder}: expected thresholds of this model, got another's "
-                f"({'; '.join(differences)})"
-            )
+    check_same_model(model, config, str(repo_or_folder))
     return set_sparse_attention(model, config)
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside wrappers: the outermost one."""
+def check_same_model(model: nn.Module, config: SparseAttentionConfig, source: str) -> None:
+    """Refuses tables that were calibrated on another model than `model`.
+
+    Raises:
+        ValueError: names `source`, where `config` is from, and what differs.
+    """
+    if config.tables is None:
+        return
+    expected = ModelFingerprint.of(pretrained_model(model).config)
+    if differences := expected.differences(config.tables.fingerprint):
+        raise ValueError(
+            f"{source}: expected thresholds of this model, got another's ({'; '.join(differences)})"
+        )
+
+
+def present_config(model: nn.Module) -> SparseAttentionConfig:
+    """The settings that `model` has now: set, or from its config.json; else the defaults."""
+    return _present(pretrained_model(model), None)
+
+
+def running_method(model: nn.Module) -> str | None:
+    """The name of the attention implementation that `model` decodes text with."""
+    name: str | None = pretrained_model(model).config.get_text_config()._attn_implementation
+    return name
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (PEFT, DDP): the outermost one.
+
+    Raises:
+        TypeError: there is none.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -163,55 +180,6 @@ def _present(model: PreTrainedModel, method: MethodName | None) -> SparseAttenti
     return replace(kept, method=method or kept.method)
 
 
-def _merged(present: Mapping[Phase, Any] | None, given: ByPhase) -> dict[Phase, Any] | None:
-    """`present` with the phases that `given` mentions replaced; None where nothing is given."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(PHASES, given)
-    return {**(present or {}), **given}
-
-
-def _check_meaningful(
-    config: SparseAttentionConfig, target: ByPhase, factor: ByPhase, level: int | None
-) -> None:
-    """Refuses settings that would be ignored."""
-    if config.method == "blasst" and level is not None:
-        raise ValueError(f"level: expected with method 'bsfa' only, got {level} with 'blasst'")
-    if config.method == "bsfa":
-        for name, value in (("target_sparsity", target), ("threshold_scale_factor", factor)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected with method 'blasst' only, got {value} with 'bsfa'"
-                )
-    for phase in _phases(target):
-        given = (config.threshold_scale_factor or {}).get(phase)
-        fits = [fit.phases[phase] for fit in config.fits.values() if phase in fit.phases]
-        exponents = [fit.b for fit in fits] if given is None else [given["b"]]
-        if not any(exponents):
-            raise ValueError(
-                f"target_sparsity: expected a fit a * exp(b * target_sparsity) for {phase}, "
-                f"got {given}; calibrate(model, data) makes one"
-            )
-
-
-def _phases(given: ByPhase) -> list[Phase]:
-    """The phases that `given` mentions."""
-    if given is None:
-        return []
-    return [phase for phase in PHASES if not isinstance(given, Mapping) or phase in given]
-
-
-def _calibrated_again(config: SparseAttentionConfig, target: ByPhase) -> SparseAttentionConfig:
-    """`config` without the constant factors that a target sparsity could not move."""
-    kept = {
-        phase: factor
-        for phase, factor in (config.threshold_scale_factor or {}).items()
-        if phase not in _phases(target) or factor["b"] != 0
-    }
-    return replace(config, threshold_scale_factor=kept)
-
-
 def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentionConfig) -> None:
     _own_config(model, pretrained)
     text = pretrained.config.get_text_config()
@@ -221,15 +189,29 @@ def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentio
         pretrained.set_attn_implementation({_key_of(pretrained.config, text): config.method})
     if text._attn_implementation != config.method:
         raise ValueError(f"model: {foreign_message(type(pretrained).__name__)}")
-    for name, module in pretrained.named_modules():
-        setattr(module, ATTRIBUTE, LayerSettings.of(module, config, name=name))
+    run_with(pretrained, config)
     for owner in (pretrained.config, text):
         setattr(owner, CONFIG_KEY, config.to_dict())
+    announce(config)
+
+
+def run_with(model: nn.Module, config: SparseAttentionConfig) -> None:
+    """Lets `model` run with `config` from now on, without keeping it.
+
+    `save_pretrained` still writes what `set_sparse_attention` was given last: for settings that
+    change from step to step.
+
+    Args:
+        model: has our attention already, under the method of `config`.
+        config: as `set_sparse_attention` or `updated` returned it.
+    """
+    pretrained = pretrained_model(model)
+    for name, module in pretrained.named_modules():
+        setattr(module, ATTRIBUTE, LayerSettings.of(module, config, name=name))
     method = METHODS[config.method]
     for device in {p.device for p in pretrained.parameters() if p.device.type != "meta"}:
         for geometry in method.geometries(config):
             method.prepare(config, device, geometry)
-    announce(config)
 
 
 def _key_of(config: Any, sub_config: Any) -> str:

@@ -25,12 +25,15 @@ _BINS = _DECADES * _BINS_PER_DECADE + 1  # bin 0 is for everything below 1e-8, z
 
 
 @contextmanager
-def collect_stats(model: nn.Module, *, dropped_mass: bool = True) -> Iterator[Stats]:
+def collect_stats(
+    model: nn.Module, *, dropped_mass: bool = True, into: Stats | None = None
+) -> Iterator[Stats]:
     """Records what the sparse attention of `model` does inside the `with` block.
 
     Args:
         model: any module that has the attention modules somewhere inside.
         dropped_mass: also record the certificate, for which backends do a little more work.
+        into: stats of an earlier block, to go on with; None starts new ones.
 
     Raises:
         RuntimeError: if stats are being collected on this model already.
@@ -41,7 +44,7 @@ def collect_stats(model: nn.Module, *, dropped_mass: bool = True) -> Iterator[St
             "collect_stats: expected a model whose stats nobody collects, got one inside another"
             " collect_stats"
         )
-    stats = Stats(wants_dropped_mass=dropped_mass)
+    stats = Stats(wants_dropped_mass=dropped_mass) if into is None else into
     # Straight into __dict__: wrappers such as compiled modules pass attributes on to what they
     # wrap.
     for module in modules:
@@ -101,6 +104,12 @@ class Stats:
         """Adds one attention that ran dense, and why."""
         if not _is_recomputation():
             _add(self._dense, (call.phase, layer, reason), torch.ones((), dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Starts anew from zero; in place, so that a compiled forward need not be recompiled."""
+        for table in (self._counts, self._sketches, self._largest, self._dense):
+            for counter in table.values():
+                counter.zero_()
 
     @property
     def layers(self) -> list[int]:
@@ -183,19 +192,8 @@ class Stats:
 
     def table(self) -> str:
         """A text table, one line a phase and layer, and the reasons of dense fallbacks below it."""
-        head = (
-            "phase",
-            "layer",
-            "blocks",
-            "skipped",
-            "sparsity",
-            "heads",
-            "p50",
-            "p99",
-            "max",
-            "dense",
-        )
-        rows: list[tuple[str, ...]] = [head]
+        head = ("phase", "layer", "blocks", "skipped", "sparsity", "heads", "p50", "p99", "max")
+        rows: list[tuple[str, ...]] = [(*head, "dense")]
         data = self.to_dict()
         for phase in PHASES:
             rows += [
@@ -203,7 +201,7 @@ class Stats:
                 for layer, entry in data[phase]["layers"].items()
                 if entry["visited"] or entry["dense"]
             ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
