@@ -53,6 +53,7 @@ format: setup  ## let ruff and clang-format rewrite the sources
 
 bench: setup  ## the benchmarks that run on a CPU
 	$(BIN)/python -m benchmarks.cpu_attention $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.decode
 
 gpu-check:  ## what to run on a machine with a GPU
 	$(PYTHON) benchmarks/gpu_check.py

@@ -26,6 +26,11 @@ LEGEND = """\
 which the named share of 64-key blocks lies far below the others. SDPA in decode uses `enable_gqa`;
 `sdpa_folded` has the GQA group folded into the query length."""
 
+READING = """\
+What has to be read at least (K and V; or K and the kept V; or the int8 copy and the kept K and V)
+over the time. `bare read` adds up all of K and V and does nothing else: what memory gives one
+thread, and, in wall time at the highest sparsity, what it has left for a second one."""
+
 
 def _load(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((HERE / "results" / name).read_text())
@@ -47,9 +52,9 @@ def _machine(data: dict[str, Any]) -> str:
 
 def attention() -> list[str]:
     """The attention call alone."""
-    data = _load("cpu_attention.json")
-    lines = ["", "## Attention alone", "", _machine(data)]
-    for phase in ("prefill", "decode"):
+    lines = ["", "## Attention alone"]
+    for phase, name in (("prefill", "cpu_attention.json"), ("decode", "decode.json")):
+        data = _load(name)
         cases = [case for case in data["cases"] if case["phase"] == phase]
         names = list(dict.fromkeys(n for c in cases for n in c["seconds"] if n != "sdpa"))
         rows = []
@@ -58,8 +63,49 @@ def attention() -> list[str]:
             cells = [f"{over[n]['median']:.2f}" if n in over else "" for n in names]
             threads = f"{case['threads']} thread" + "s" * (case["threads"] > 1)
             rows.append([f"{case['name'].removeprefix(phase + ' torch.')}, {threads}", *cells])
-        lines += ["", f"### {phase.capitalize()}", "", *_table([phase, *names], rows)]
+        lines += ["", f"### {phase.capitalize()}", "", _machine(data)]
+        lines += ["", *_table([phase, *names], rows)]
     return [*lines, "", LEGEND]
+
+
+def decode_reading() -> list[str]:
+    """How fast decode reads what it has to, on one thread and on two, and what the copy costs."""
+    data = _load("decode.json")
+    cases = [case for case in data["cases"] if case["length"] >= 32768]
+    names = [name for name in cases[0]["needed_gb_per_s"] if name != "eager"]
+    rates = [
+        [
+            case["name"].removeprefix("decode torch."),
+            *(f"{case['needed_gb_per_s'][name]:.1f}" for name in names),
+        ]
+        for case in cases
+    ]
+    threads = [
+        [row["dtype"][6:], *(f"{row['speedup'][name]:.2f}" for name in row["speedup"])]
+        for row in data["two_threads"]
+    ]
+    costs = []
+    for row in data["append"]:
+        case = next(case for case in cases if case["dtype"] == row["dtype"])
+        k, copy = case["bytes"]["k"], case["bytes"]["int8_copy"]
+        costs.append(
+            f"- The copy of a {row['dtype'][6:]} K of {k / 1e6:.1f} MB: {copy / 1e6:.1f} MB "
+            f"({copy / k:.0%}; {copy / 2 / k:.0%} of K and V). The whole prompt enters it in "
+            f"{row['prompt_seconds'] * 1e3:.0f} ms, then each token in "
+            f"{row['token_seconds'] * 1e6:.0f} us."
+        )
+    return [
+        "",
+        "### Decode beside a bare read of K and V",
+        "",
+        READING,
+        "",
+        *_table(["GB/s, one thread", *names], rates),
+        "",
+        *_table(["two threads over one", *data["two_threads"][0]["speedup"]], threads),
+        "",
+        *costs,
+    ]
 
 
 def end_to_end() -> list[str]:
@@ -203,7 +249,14 @@ on this page."""
 
 def main() -> None:
     """Writes the page."""
-    parts = [end_to_end(), model_attention(), attention(), scaling(), break_even()]
+    parts = [
+        end_to_end(),
+        model_attention(),
+        attention(),
+        decode_reading(),
+        scaling(),
+        break_even(),
+    ]
     lines = [HEAD.rstrip(), *(line for part in parts for line in part), NEVER_RUN]
     PAGE.write_text("\n".join(lines) + "\n")
 
