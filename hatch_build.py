@@ -1,10 +1,10 @@
-"""Puts the built native variants into a wheel, so that its users need no compiler.
+"""Puts the built kernel variants into a wheel, so that its users need no compiler.
 
 `python kernel_hub/build.py` leaves them under kernel_hub/<repo>/build/<variant>/. A wheel carries
-each variant as hf_sparse_attention/_kernels/<variant>/ and is tagged for this platform; with none
-built it is a plain wheel that runs on the reference backend. An editable install finds the
-checkout's own build and copies nothing. HFSA_WHEEL_NATIVE=require fails without a variant, =skip
-leaves them out.
+each variant as hf_sparse_attention/_kernels/<variant>/ and, if one of them holds machine code, is
+tagged for this platform; with none built it runs on the reference backend. An editable install
+finds the checkout's own build and copies nothing. HFSA_WHEEL_NATIVE=require fails without a native
+variant, =skip leaves all of them out.
 """
 
 import os
@@ -18,12 +18,17 @@ CHOICES = ("auto", "require", "skip")
 
 
 def built_variants(root: Path) -> dict[str, Path]:
-    """The CPU variants built under `root`/kernel_hub: {variant name: its folder}."""
+    """The variants built under `root`/kernel_hub that go into a wheel: {name: its folder}."""
     return {
         metadata.parent.name: metadata.parent
         for metadata in sorted(root.glob("kernel_hub/*/build/*/metadata.json"))
-        if "-cpu-" in metadata.parent.name
+        if is_native(metadata.parent.name) or metadata.parent.name == "torch-universal"
     }
+
+
+def is_native(variant: str) -> bool:
+    """Whether a variant of that name holds machine code for this platform."""
+    return "-cpu-" in variant
 
 
 class NativeVariantHook(BuildHookInterface):
@@ -39,18 +44,19 @@ class NativeVariantHook(BuildHookInterface):
         if version == "editable" or choice == "skip":
             return
         variants = built_variants(Path(self.root))
-        if not variants:
-            if choice == "require":
-                raise RuntimeError(
-                    "HFSA_WHEEL_NATIVE=require, but no CPU variant lies under kernel_hub/*/build/; "
-                    "run `python kernel_hub/build.py` first"
-                )
-            return
+        native = any(map(is_native, variants))
+        if choice == "require" and not native:
+            raise RuntimeError(
+                "HFSA_WHEEL_NATIVE=require, but no CPU variant lies under kernel_hub/*/build/; "
+                "run `python kernel_hub/build.py` first"
+            )
         for name, folder in variants.items():
             for file in sorted(folder.rglob("*")):
                 if file.is_file() and "__pycache__" not in file.parts:
                     target = Path("hf_sparse_attention/_kernels") / name / file.relative_to(folder)
                     build_data["force_include"][str(file)] = target.as_posix()
+        if not native:
+            return
         build_data["pure_python"] = False
         # The stable ABIs of torch and Python make one wheel fit every Python 3.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -99,7 +99,8 @@ def attend(
     """Checks `call`, picks the backend and runs it; why a faster backend cannot is logged once."""
     check(call, rule, geometry)
     chosen, reasons = select(call, rule, geometry, backend)
-    if reasons and not torch.compiler.is_compiling():
+    plain = chosen.NAME in ("reference", "dense")
+    if plain and reasons and not torch.compiler.is_compiling():
         for name, reason in reasons.items():
             _say_once(f"backend {name!r} is not used: {reason}; {chosen.NAME!r} runs instead")
     return chosen.run(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from hf_sparse_attention.backends import cpu
+from hf_sparse_attention.backends import cpu, kernel
 from hf_sparse_attention.int8_keys import Int8Keys
 
 
@@ -34,7 +34,7 @@ class Int8KeyLayer(StaticLayer):  # type: ignore[misc]  # transformers is not ty
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        if key_states.device.type == "cpu" and key_states.dtype in cpu.DTYPES:
+        if key_states.device.type == "cpu" and key_states.dtype in kernel.DTYPES:
             batch, heads, length, head_size = self.keys.shape
             if cpu.available() is None and head_size <= cpu.MAX_HEAD_SIZE:
                 self.int8_keys = Int8Keys(batch, heads, length, head_size)

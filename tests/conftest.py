@@ -30,6 +30,15 @@ def cpu_kernel() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="session")
+def universal_variant() -> None:
+    """The Triton kernels as a variant of the kernel repo; needs no compiler."""
+    builder = Path(__file__).parents[1] / "kernel_hub" / "build.py"
+    command = [sys.executable, str(builder), "--variant", "universal"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -16,7 +16,7 @@ import torch
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from torch._dynamo.testing import CompileCounter
 
-from hf_sparse_attention.backends import cpu
+from hf_sparse_attention.backends import cpu, kernel
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
 
 pytestmark = pytest.mark.usefixtures("cpu_kernel")
@@ -60,7 +60,7 @@ def test_one_name_for_library_namespace_and_metadata() -> None:
     assert metadata.id == library().name.removesuffix(".abi3.so")
     assert metadata.id.startswith("_block_skip_attention_cpu_")
     assert metadata.name.python_name == "block_skip_attention"
-    assert (metadata.version, metadata.license) == (cpu.VERSION, "Apache-2.0")
+    assert (metadata.version, metadata.license) == (kernel.VERSION, "Apache-2.0")
     assert str(metadata.backend.backend_type) == "cpu"
     metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant()))
     assert Build.open(REPO).general.backends == [metadata.backend.backend_type]
@@ -105,13 +105,13 @@ def test_no_compiler_is_a_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no-such-compiler" in done.stderr
     assert "apt-get install g++" in done.stderr
-    assert not any(p.is_dir() for p in tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["torch-universal"]
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     done = build("--output", str(tmp_path), CXX="false")
     assert done.returncode == 1
-    assert not any(p.is_dir() for p in tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["torch-universal"]
 
 
 def test_get_local_kernel_loads_it() -> None:
@@ -137,14 +137,14 @@ def test_local_kernels_comes_first(tmp_path: Path) -> None:
         "from hf_sparse_attention.backends import cpu; m = cpu.load_kernel(); print(m.__file__);"
         "import torch; x = torch.randn(1, 1, 9, 8); print(m.forward(x, x, x, scale=1.0)[0].shape)"
     )
-    done = python(code, LOCAL_KERNELS=f"{cpu.REPO_ID}={copy}")
+    done = python(code, LOCAL_KERNELS=f"{kernel.REPO_ID}={copy}")
     assert done.returncode == 0, done.stderr
     assert str(copy) in done.stdout
 
 
 def test_the_repos_own_tests_pass() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(REPO / "tests")]
-    environment = {**os.environ, "LOCAL_KERNELS": f"{cpu.REPO_ID}={REPO}"}
+    environment = {**os.environ, "LOCAL_KERNELS": f"{kernel.REPO_ID}={REPO}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
 
@@ -162,11 +162,12 @@ def test_import_loads_no_kernel() -> None:
 def test_without_a_build_the_reason_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_CHECKOUT", tmp_path / "a")
-    monkeypatch.setattr(cpu, "_WHEEL", tmp_path / "b")
+    monkeypatch.setattr(kernel, "_CHECKOUT", tmp_path / "a")
+    monkeypatch.setattr(kernel, "_WHEEL", tmp_path / "b")
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     monkeypatch.delenv("HF_SPARSE_ATTENTION_HUB_KERNELS", raising=False)
-    reason = cpu.load_kernel.__wrapped__()
+    monkeypatch.setattr(kernel, "load", kernel.load.__wrapped__)
+    reason = cpu.load_kernel()
     assert isinstance(reason, str)
     assert str(tmp_path / "a") in reason
     assert "python kernel_hub/build.py" in reason
@@ -174,21 +175,21 @@ def test_without_a_build_the_reason_says_what_to_do(
 
 def test_a_wheel_carries_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(variant(), tmp_path / "_kernels" / variant().name)
-    monkeypatch.setattr(cpu, "_CHECKOUT", tmp_path / "none")
-    monkeypatch.setattr(cpu, "_WHEEL", tmp_path / "_kernels")
+    monkeypatch.setattr(kernel, "_CHECKOUT", tmp_path / "none")
+    monkeypatch.setattr(kernel, "_WHEEL", tmp_path / "_kernels")
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    module = cpu.load_kernel.__wrapped__()
+    module = kernel.load.__wrapped__("cpu")
     assert str(tmp_path) in module.__file__
 
 
 def test_a_broken_build_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = shutil.copytree(REPO / "build", tmp_path / "build")
-    (metadata,) = broken.glob("*/metadata.json")
+    (metadata,) = broken.glob("*-cpu-*/metadata.json")
     metadata.write_text(json.dumps({"id": "x"}))
-    monkeypatch.setattr(cpu, "_CHECKOUT", tmp_path)
-    monkeypatch.setattr(cpu, "_WHEEL", tmp_path / "none")
+    monkeypatch.setattr(kernel, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(kernel, "_WHEEL", tmp_path / "none")
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    reason = cpu.load_kernel.__wrapped__()
+    reason = kernel.load.__wrapped__("cpu")
     assert isinstance(reason, str)
     assert "does not load" in reason
 
@@ -295,7 +296,7 @@ print("clean")
 def test_sanitizers(level: str) -> None:
     """Address and undefined-behaviour sanitizers over all features, on small shapes."""
     output = REPO / ".build" / "sanitized"
-    done = build("--sanitize", "--output", str(output))
+    done = build("--variant", "cpu", "--sanitize", "--output", str(output))
     assert done.returncode == 0, done.stderr
     compiler = os.environ.get("CXX", "g++")
     runtime = [

@@ -49,7 +49,10 @@ NEVER = SkipRule.never()
             {"rule": SkipRule.bsfa(torch.ones(1, 4, 7))},
             r"block_threshold: expected shape \[2, 4, 1\]",
         ),
-        ({"backend": "cudnn"}, "backend: expected one of auto, cpu, reference, dense, got 'cudnn'"),
+        (
+            {"backend": "cudnn"},
+            "backend: expected one of auto, cpu, triton, reference, dense, got 'cudnn'",
+        ),
     ],
 )
 def test_bad_input_names_expected_and_got(change, message):
@@ -182,5 +185,5 @@ def test_never_skipping_does_not_need_the_slow_reference(monkeypatch):
 
 
 def test_available_backends_names_them_all():
-    assert list(available_backends()) == ["cpu", "reference", "dense"]
+    assert list(available_backends()) == ["cpu", "triton", "reference", "dense"]
     assert available_backends()["reference"] is None

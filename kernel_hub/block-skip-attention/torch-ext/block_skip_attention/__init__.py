@@ -203,7 +203,7 @@ def _backward(ctx, dout, dlse, *_):
 def _refuse_second_backward(ctx, *grads):
     raise NotImplementedError(
         "block-skipping attention: second derivatives (create_graph=True) are not implemented in "
-        "the CPU kernel; backend='reference' has them"
+        "the kernels; backend='reference' has them"
     )
 
 

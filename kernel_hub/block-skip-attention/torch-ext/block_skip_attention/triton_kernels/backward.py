@@ -115,7 +115,7 @@ def dq_kernel(
 ):
     """DQ of one block row of one query head; grid `(NQ, Hq, B)`."""
     row_block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # a head's first element may lie beyond 2^31
     batch = tl.program_id(2).to(tl.int64)
     first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
     start = first_row + row_block * BLOCK_Q
@@ -253,7 +253,7 @@ def dkv_kernel(
 ):
     """DK and dV of one key block of one key/value head; grid `(NK, Hkv, B)`."""
     block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
     begin = block * BLOCK_K

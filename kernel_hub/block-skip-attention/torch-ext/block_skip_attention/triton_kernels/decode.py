@@ -74,7 +74,7 @@ def decode_kernel(
 ):
     """One split, for one position and GQA group; grid `(S, Lq * Hkv, B)`."""
     split = tl.program_id(0)
-    kv_head = tl.program_id(1) % kv_heads
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)  # may start beyond 2^31 elements
     row = tl.program_id(1) // kv_heads
     batch = tl.program_id(2).to(tl.int64)
     heads = kv_heads * group

@@ -9,6 +9,7 @@ from torch import Tensor
 from .backward import dkv_kernel, dq_kernel
 from .decode import decode_kernel, join_kernel
 from .prefill import prefill_kernel
+from .rules import INTERPRETED
 
 DECODE_MAX_QUERIES = 8
 SINK_DIAGONAL = 1
@@ -17,6 +18,8 @@ LARGEST_LOG_LAMBDA = math.log(1.0 - 2.0**-24)
 
 def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
     """Why these inputs cannot be served, or None."""
+    if q.device.type == "cpu" and not INTERPRETED.value:
+        return "expected tensors on a GPU (or TRITON_INTERPRET=1, for tests), got cpu"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"expected float32, bfloat16 or float16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > 256:

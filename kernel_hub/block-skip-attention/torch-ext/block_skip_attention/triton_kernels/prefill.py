@@ -76,7 +76,7 @@ def prefill_kernel(
     """One block row of one query head; grid `(NQ, Hq, B)`."""
     # The longest block rows come first: the last programs to start are short ones.
     row_block = n_rows - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # a head's first element may lie beyond 2^31
     batch = tl.program_id(2).to(tl.int64)
 
     first = tl.load(request_ptr + batch * 3)
