@@ -162,7 +162,9 @@ def _calibrate_bsfa(
         _step(bar, "calibrating bsfa on other pages", len(decoder_layers(network))) as advance,
         per_layer(network, advance),
     ):
-        config = calibrate(network, [ids[0]], method="bsfa", levels=[level], progress=False)
+        config = calibrate(
+            network, [ids[0]], method="bsfa", levels=[level], geometries="64x64", progress=False
+        )
     seconds = time.perf_counter() - start
     return config, (
         f"BSFA was calibrated in memory, to keep about {level} blocks a block row, "

@@ -22,12 +22,16 @@ class PhaseFit:
         a: factor; b: exponent. b = 0 is version 1 of the paper, for a single target.
         lengths: the shortest and the longest request that was calibrated, in keys.
         sparsity: the lowest and the highest target that the fit is made of.
-        r2: R^2 of the fit of `ln(scale_factor)`; None where a constant leaves nothing to explain.
+        r2: R^2 of the fit of `ln(scale_factor)` on the target or, with b = 0, of lambda on 1 / L;
+            None where there was but one to fit.
         residual: root mean square of what the fit leaves of `ln(scale_factor)`.
         budget: `{"a", "b"}` of the budget rule's `eps = a * exp(b * target_sparsity)`.
         target_sparsity: chosen by what it costs; holds where the config sets no other.
         predicted: sparsity on the calibration data, `predicted[length][target]`.
-        held_out: rows of predicted against measured sparsity on text that was not fitted.
+        held_out: rows of `length`, `target` and `measured` sparsity on text that was not fitted, at
+            the activations of a dense pass.
+        costs: what targets cost when they ran on held-out text, if one was chosen by that: rows of
+            `target`, `measured` sparsity, `kl` in nats, and `ppl_increase`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -43,6 +47,7 @@ class PhaseFit:
     target_sparsity: float | None = None
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     held_out: list[dict[str, Any]] = field(default_factory=list)
+    costs: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from hf_sparse_attention_cli.values import NUMBERS, floats, integers, print_json
 
 #: The groups that --help shows the options in.
 TEXT, FITTED, LOADING = "The text", "What is fitted", "Loading the model"
+CHOSEN = "Choosing by cost"
 
 
 def calibrate(
@@ -86,6 +87,51 @@ def calibrate(
             rich_help_panel=FITTED,
             help="BSFA: never skip block 0, the attention sink.",
             show_default="keep",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Literal["global", "layer", "head"] | None,
+        typer.Option(
+            rich_help_panel=FITTED,
+            help="BLASST: what shares one threshold.",
+            show_default="global",
+        ),
+    ] = None,
+    geometries: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=FITTED,
+            metavar="ROWSxKEYS",
+            help="Blocks to calibrate for; may be repeated.",
+            show_default="64x128, 64x64 and 64x1",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            rich_help_panel=CHOSEN,
+            help="Run the highest target (BSFA: the smallest level) that diverges by at most so "
+            "many nats from the dense model on held-out text, in each phase.",
+            show_default=False,
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            rich_help_panel=CHOSEN,
+            help="The same for the perplexity: 0.01 allows one per cent more.",
+            show_default=False,
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CHOSEN,
+            help="Held-out text: a file, a folder or a .jsonl file. The bundled texts' validation "
+            "part if left out.",
+            show_default=False,
         ),
     ] = None,
     dtype: Annotated[
@@ -167,6 +213,11 @@ def calibrate(
         "target_sparsity": target_sparsity,
         "levels": levels,
         "keep_sink": keep_sink,
+        "granularity": granularity,
+        "geometries": geometries,
+        "max_kl": max_kl,
+        "max_ppl_increase": max_ppl_increase,
+        "validation": validation,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if fresh:

@@ -97,7 +97,7 @@ def skipping_bsfa(builder: Callable[[], Any], **settings: Any) -> Any:
     samples = [token_ids(1, 96, seed=5), token_ids(1, 96, seed=6)]
     blocks = SMALL_BLOCKS.geometry
     config = hsa.calibrate(
-        model, samples, method="bsfa", levels=[2], geometry=blocks, progress=False
+        model, samples, method="bsfa", levels=[2], geometries=blocks, progress=False
     )
     hsa.set_sparse_attention(model, config, **{"min_length": 0, **settings})
     return model

@@ -23,6 +23,8 @@ class Made:
     """Histograms in which sparsity s needs exactly the scale factor a * exp(b * s)."""
 
     geometries: ClassVar = {"64x64": BlockGeometry()}
+    layers: ClassVar = [0]
+    heads: ClassVar = {0: 1}
 
     def __init__(self, a, b, lengths=(1000, 2000)):
         self.a, self.b, self.n = a, b, lengths
@@ -30,13 +32,21 @@ class Made:
     def lengths(self, phase):
         return list(self.n)
 
-    def total(self, geometry, phase, length):
+    def gaps(self, geometry, phase, layer, length):
         edges = tallies.U_MIN + torch.arange(tallies.U_BINS + 1) / tallies.BINS_PER_NAT
         below = ((edges - math.log(self.a)) / self.b).clamp(0, 0.9)
         counts = torch.zeros(tallies.U_BINS + 1, dtype=torch.int64)
         counts[:-1] = (below.diff() * 1e9).round().long()
         counts[-1] = 10**9 - counts.sum()
-        return counts
+        return counts[None]
+
+    def mass(self, geometry, phase, layer, length):
+        return self.gaps(geometry, phase, layer, length).double() / 1e9
+
+    def budget(self, geometry, phase, layer, length):
+        """The budget rule skips s with eps = 1e-4 * exp(10 * s)."""
+        skipped = [1e9 * max(0.0, math.log(eps / 1e-4) / 10) for eps in tallies.BUDGET_GRID]
+        return torch.tensor([[10**9, *map(round, skipped)]])
 
 
 def test_the_fit_recovers_its_own_formula():
@@ -47,7 +57,7 @@ def test_the_fit_recovers_its_own_formula():
         assert found.r2 > 0.999
         assert found.residual < 0.05  # a bin is 1/16 wide
         assert (found.lengths, found.sparsity) == ((1000, 2000), (0.3, 0.7))
-        assert found.predicted["1000"]["0.5"] == pytest.approx(0.5, abs=5e-3)
+        assert found.max_dropped_mass(0.5) == pytest.approx(1e-4 * math.exp(5.0), rel=1e-3)
 
 
 def test_decode_is_fitted_where_requests_of_these_lengths_decode():
@@ -66,7 +76,9 @@ def test_one_target_gives_version_one():
     fit = fit_blasst(Made(a=2.0, b=6.0), "64x64", [0.5]).phases["decode"]
     assert fit.b == 0.0
     assert fit.a == pytest.approx(2.0 * math.exp(3.0), rel=1e-2)
-    assert fit.r2 is None
+    assert fit.r2 == pytest.approx(1.0), "lambda is proportional to 1 / L here"
+    one_length = fit_blasst(Made(a=2.0, b=6.0, lengths=[1000]), "64x64", [0.5])
+    assert one_length.phases["decode"].r2 is None
 
 
 def test_a_target_out_of_reach_is_refused():
@@ -98,7 +110,7 @@ def test_bsfa_on_unseen_inputs(model):
     """Predicted density as in section 5.1 of the paper: k, sink and diagonal of the visible."""
     geometry = BlockGeometry(16, 16)
     config = calibrate(
-        model, tokens(480, 6), method="bsfa", levels=(4, 8), geometry=geometry, progress=False
+        model, tokens(480, 6), method="bsfa", levels=(4, 8), geometries=geometry, progress=False
     )
     assert config.tables.table("16x16", "prefill").shape == (2, 2, 4, 30)
     assert config.levels == [4, 8]
@@ -106,7 +118,7 @@ def test_bsfa_on_unseen_inputs(model):
         set_sparse_attention(model, config, level=level, min_length=0, backend="reference")
         stats = run(model)
         kept = sum(min(i + 1, level + 2) for i in range(30))
-        predicted = config.provenance["predicted_sparsity"]["prefill"][str(level)]
+        predicted = config.provenance["predicted_sparsity"]["16x16"]["prefill"][str(level)]
         assert predicted == pytest.approx(1 - kept / (30 * 31 / 2), abs=1e-4)
         assert stats.sparsity("prefill") == pytest.approx(predicted, abs=0.05)
         assert stats.sparsity("decode") == pytest.approx(1 - (level + 2) / 30, abs=0.1)
@@ -120,7 +132,7 @@ def test_blasst_on_unseen_inputs(model, targets):
         tokens(480, 3),
         method="blasst",
         target_sparsity=targets,
-        geometry=geometry,
+        geometries=geometry,
         progress=False,
     )
     assert config.target_sparsity == {"prefill": 0.5, "decode": 0.5}
@@ -137,7 +149,12 @@ def test_blasst_on_unseen_inputs(model, targets):
 def test_calibrate_save_and_load(model, tmp_path):
     """The whole way: another process needs from_pretrained only."""
     config = calibrate(
-        model, tokens(200, 2), levels=(1, 2), geometry=BlockGeometry(16, 16), progress=False
+        model,
+        tokens(200, 2),
+        method="bsfa",
+        levels=(1, 2),
+        geometries=BlockGeometry(16, 16),
+        progress=False,
     )
     config = replace(config, min_length=0, backend="reference")
     model.save_pretrained(tmp_path)
@@ -158,7 +175,7 @@ def test_the_model_is_left_as_it_was(model, before):
     if before == "blasst":
         set_sparse_attention(model, "blasst", max_dropped_mass=0.125)
     settings = [getattr(module, SETTINGS, None) for module in model.modules()]
-    calibrate(model, tokens(64), levels=(1,), geometry=BlockGeometry(16, 16), progress=False)
+    calibrate(model, tokens(64), method="bsfa", levels=(1,), geometries="16x16", progress=False)
     assert model.config._attn_implementation == before
     assert model.training
     assert [getattr(module, SETTINGS, None) for module in model.modules()] == settings
@@ -171,12 +188,12 @@ def test_the_model_is_left_as_it_was(model, before):
 def test_calibration_is_dense(model):
     """Whatever the model runs with, the pass that is observed must not skip."""
     config = calibrate(
-        model, tokens(200), geometry=BlockGeometry(4, 8), levels=(1,), progress=False
+        model, tokens(200), geometries=BlockGeometry(4, 8), levels=(1,), progress=False
     )
     data = tokens(200)
-    expected = calibrate(model, data, geometry=BlockGeometry(4, 8), levels=(1,), progress=False)
+    expected = calibrate(model, data, geometries=BlockGeometry(4, 8), levels=(1,), progress=False)
     set_sparse_attention(model, config, min_length=0, backend="reference")
-    actual = calibrate(model, data, geometry=BlockGeometry(4, 8), levels=(1,), progress=False)
+    actual = calibrate(model, data, geometries=BlockGeometry(4, 8), levels=(1,), progress=False)
     torch.testing.assert_close(actual.tables.tensors, expected.tables.tensors)
     other = config.tables.table("4x8", "prefill")
     assert not torch.equal(actual.tables.table("4x8", "prefill"), other)
@@ -186,9 +203,10 @@ def test_lengths_cut_the_samples(model):
     config = calibrate(
         model,
         tokens(300),
+        method="bsfa",
         lengths=(64, 256, 1000),
         levels=(1,),
-        geometry=BlockGeometry(16, 16),
+        geometries=BlockGeometry(16, 16),
         progress=False,
     )
     assert config.provenance["lengths"] == [64, 256]
@@ -200,9 +218,9 @@ def test_lengths_cut_the_samples(model):
     [
         ({"method": "flash"}, "method: expected one of .*got 'flash'"),
         ({"data": []}, "expected at least one sample, got none"),
-        ({"data": [[3] * 40]}, "samples of at least 64 tokens"),
+        ({"method": "bsfa", "data": [[3] * 40]}, "samples of at least 64 tokens"),
         ({"lengths": [5000]}, "samples of at least 5000 tokens, the longest found has 80"),
-        ({"levels": ()}, r"levels: expected positive integers, got \[\]"),
+        ({"method": "bsfa", "levels": ()}, "levels: expected at least one for method 'bsfa'"),
         ({"levels": (0, 2)}, r"levels: expected positive integers, got \[0, 2\]"),
         ({"method": "blasst", "target_sparsity": 1.0}, r"\(0, 1\), got \[1.0\]"),
         ({"method": "blasst", "target_sparsity": 0.99}, "expected less than"),

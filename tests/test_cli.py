@@ -106,6 +106,20 @@ def test_calibrate_then_inspect(model, tmp_path, method):
     assert people.stdout.count("warning:") == len(seen["warnings"])
 
 
+def test_calibrate_chooses_by_cost(model, tmp_path):
+    text = model.parent / "text.txt"
+    options = ("--max-kl", 1e9, "--granularity", "head", "--geometries", "64x1")
+    result = calibrate(model, tmp_path, *options, "--validation", text, "--json")
+    assert result.exit_code == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert (made["granularity"], list(made["fits"])) == ("head", ["64x1"])
+    for phase in ("prefill", "decode"):
+        fit = made["fits"]["64x1"][phase]
+        assert fit["target_sparsity"] == pytest.approx(fit["sparsity"][1])
+        assert fit["held_out"]
+    assert calibrate(model, tmp_path, "--max-kl", -1).exit_code == 2
+
+
 def test_with_model_gives_a_folder_that_runs(model, tmp_path):
     import hf_sparse_attention
 

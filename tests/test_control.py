@@ -208,7 +208,7 @@ def test_bsfa_calibrated_and_run(tmp_path: Path) -> None:
     model = build(tiny_models.llama)
     small = BlockGeometry(8, 8, split_k=32)
     config = hsa.calibrate(
-        model, [token_ids(1, 96)], method="bsfa", levels=[1, 3], geometry=small, progress=False
+        model, [token_ids(1, 96)], method="bsfa", levels=[1, 3], geometries=small, progress=False
     )
     hsa.set_sparse_attention(model, config, level=1, min_length=0)
     assert implementations(model) == "bsfa"
@@ -244,7 +244,7 @@ def test_switching_by_name_and_back_keeps_the_thresholds() -> None:
     small = BlockGeometry(8, 8, split_k=32)
     sample = token_ids(1, 96)
     config = hsa.calibrate(
-        model, [sample], method="bsfa", levels=[1], geometry=small, progress=False
+        model, [sample], method="bsfa", levels=[1], geometries=small, progress=False
     )
     hsa.set_sparse_attention(model, config, min_length=0)
     before = forward(model, 96)

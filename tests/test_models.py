@@ -49,7 +49,9 @@ def test_bsfa_that_keeps_all_blocks_equals_eager(name: str, scenario: str) -> No
     builder = tiny_models.DECODERS[name]
     model = tiny_models.build(builder)
     sample = tiny_models.token_ids(1, 64)
-    config = hsa.calibrate(model, [sample], method="bsfa", levels=[999], progress=False)
+    config = hsa.calibrate(
+        model, [sample], method="bsfa", levels=[999], geometries="64x64", progress=False
+    )
     hsa.set_sparse_attention(model, config, min_length=0)
     check(builder, scenario, model)
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_sparse_attention.backends import dense, reference
 from hf_sparse_attention.calibration import observation_reference, tallies
-from hf_sparse_attention.calibration.fitting import Curve
+from hf_sparse_attention.calibration.curves import Curves
 from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Observations
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
@@ -156,18 +156,20 @@ def over_layers(told, kind, phase):
 def test_gaps_tell_what_every_lambda_skips(settings, order, phase):
     geometry = replace(GEOMETRY, order=order, block_q=16 if phase == "decode" else 4)
     call = structured(160, **settings)
-    curve = Curve(over_layers(observed([call], geometry), "gaps", phase))
+    gaps = over_layers(observed([call], geometry), "gaps", phase)
+    curves = Curves(gaps[None], gaps[None])
     seen = []
     for log_factor in (-8.0, -3.0, 0.0, 2.5, 4.0, 30.0):  # edges of bins: no interpolation
         factor = math.exp(log_factor)
         visited, skipped = measured(
             call, lambda n, f=factor: SkipRule.blasst(min(f / n, 1.0)), geometry, phase
         )
-        assert curve.sparsity(factor) == pytest.approx(skipped / visited, abs=2e-3)
+        sparsity = curves.total_sparsity(torch.tensor([log_factor]))
+        assert sparsity == pytest.approx(skipped / visited, abs=2e-3)
         seen.append(skipped)
     assert len(set(seen)) >= 4, "lambda must matter, or nothing was tested"
-    assert curve.sparsity(math.exp(30.0)) == pytest.approx(curve.largest)
-    assert curve.sparsity(0.0) == 0.0
+    assert curves.total_sparsity(torch.tensor([30.0])) == pytest.approx(float(curves.largest))
+    assert curves.total_sparsity(torch.tensor([-math.inf])) == 0.0
 
 
 @variants
@@ -242,14 +244,6 @@ def test_what_teaches_nothing_is_left_alone():
     valid[0, 0] = False
     with pytest.raises(ValueError, match="expected samples without padding"):
         Observations([GEOMETRY]).observe(0, replace(call, key_valid=valid))
-
-
-def test_a_curve_is_inverted():
-    curve = Curve(observed([structured(200)], BlockGeometry(4, 8)).total("4x8", "prefill", 200))
-    for target in (0.1, 0.35, 0.6):
-        assert target < curve.largest
-        factor = math.exp(curve.log_scale_factor(target))
-        assert curve.sparsity(factor) == pytest.approx(target, abs=1e-6)
 
 
 def test_head_by_head_is_the_same(monkeypatch):

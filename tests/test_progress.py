@@ -158,7 +158,7 @@ def test_offloaded_weights(model):
 
 
 def test_a_killed_calibration_continues_and_leaves_nothing_behind(model, tmp_path):
-    settings = {"method": "bsfa", "levels": (1,), "geometry": "16x16", "progress": False}
+    settings = {"method": "bsfa", "levels": (1,), "geometries": "16x16", "progress": False}
     expected = calibrate(model, samples(), **settings)
     with pytest.raises(Killed):
         calibrate(model, killed_after(2), output_dir=tmp_path, **settings)

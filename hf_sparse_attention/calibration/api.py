@@ -2,65 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention._version import __version__
+from hf_sparse_attention.calibration.allocation import coefficients
 from hf_sparse_attention.calibration.attach import attached
-from hf_sparse_attention.calibration.data import token_samples
+from hf_sparse_attention.calibration.choice import Limits, choose
+from hf_sparse_attention.calibration.data import token_samples, without_prefixes
 from hf_sparse_attention.calibration.fitting import fit_blasst
-from hf_sparse_attention.calibration.observation import Observations
+from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Observations
+from hf_sparse_attention.calibration.prediction import with_predictions
 from hf_sparse_attention.calibration.processes import is_first
 from hf_sparse_attention.calibration.progress import forget, run
-from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
+from hf_sparse_attention.config import (
+    GRANULARITIES,
+    METHOD_NAMES,
+    Granularity,
+    MethodName,
+    SparseAttentionConfig,
+)
 from hf_sparse_attention.fingerprint import ModelFingerprint
+from hf_sparse_attention.fits import Fit
 from hf_sparse_attention.thresholds import Thresholds
-from hf_sparse_attention.types import PHASES, BlockGeometry
+from hf_sparse_attention.types import PHASES, BlockGeometry, Phase
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LEVELS = (8, 16, 32, 64)
 DEFAULT_TARGETS = (0.5, 0.3, 0.4, 0.6, 0.7)
+DEFAULT_GRANULARITY: Granularity = "global"
+#: Rows of the bundled texts that results are checked on: one of each kind.
+VALIDATION_SAMPLES = 3
+
+ByPhase = float | Mapping[Phase, float] | None
 
 
 def calibrate(
     model: nn.Module,
     data: Any = None,
     *,
-    method: MethodName = "bsfa",
-    levels: Sequence[int] = DEFAULT_LEVELS,
-    target_sparsity: float | Sequence[float] | None = None,
+    method: MethodName = "blasst",
     lengths: Sequence[int] | None = None,
-    geometry: BlockGeometry | str | None = None,
+    target_sparsity: float | Sequence[float] | None = None,
+    granularity: Granularity | None = None,
+    levels: Sequence[int] = DEFAULT_LEVELS,
+    geometries: str | BlockGeometry | Sequence[str | BlockGeometry] | None = None,
     keep_sink: bool = True,
+    max_kl: ByPhase = None,
+    max_ppl_increase: ByPhase = None,
+    validation: Any = None,
     tokenizer: Any = None,
     samples: int | None = None,
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> SparseAttentionConfig:
-    """Fits `method` to `model` on `data`; the model itself is left as it was.
+    """Finds thresholds for `model` on `data`; the model itself is left as it was.
 
-    Each sample takes one dense pass, in which the scores are looked at block row by block row.
-    Every sample of n tokens also gives n / block_q single positions, from which decoding is
-    calibrated.
+    Each sample takes one dense pass, in which the scores are looked at block row by block row. It
+    serves both methods, every target and level, and all geometries. Every sample of n tokens also
+    gives n / block_q single positions, from which decoding is calibrated.
 
     Args:
         model: a transformers model with causal attention.
         data: None for the bundled texts, a path, a dataset, texts or token ids: see
             `data.token_samples`.
-        method: "bsfa" gives thresholds for each of `levels`, "blasst" a scale factor.
-        levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
-            row; with it, that many besides block 0, which neither competes nor is skipped.
-        target_sparsity: BLASST's. One value: `lambda = a / L`. Several: `a * exp(b * s) / L` fitted
-            over all, and the first is what runs until another target is set. None: 0.5, fitted over
-            0.3-0.7.
+        method: which of the two will run, until `set_sparse_attention` says otherwise.
         lengths: cut every sample to each of these lengths; None: samples as they are, and the
             bundled texts at 2048, 4096 and 8192 tokens.
-        geometry: the blocks to calibrate for, or their name; None is 64x64, sink and diagonal
-            first. They are the blocks that the thresholds run on.
+        target_sparsity: BLASST's. Several: `a * exp(b * s) / L` is fitted over all, and the first
+            is what runs until another is set. One: `lambda = a / L`, which no other target can be
+            set under. None: 0.5, fitted over 0.3 to 0.7.
+        granularity: BLASST: one threshold for all ("global"), or one for each "layer" or "head",
+            which together skip as much. None: "global".
+        levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
+            row; with it, that many besides block 0, which neither competes nor is skipped. Empty:
+            no thresholds for BSFA.
+        geometries: the blocks to calibrate for, or their names; None is all that a backend runs:
+            64x128, 64x64 and 64x1.
         keep_sink: never skip block 0 under BSFA.
+        max_kl: choose what runs by its cost: the highest target sparsity (under BSFA the smallest
+            level) whose divergence from the dense model, in nats, is at most this on `validation`.
+            One number, or one for each phase; for each geometry its own target.
+        max_ppl_increase: the same for the perplexity: 0.01 allows one per cent more.
+        validation: held-out data, read like `data`: what the fits skip there goes into their table
+            `held_out`, and limits are kept there. None: the bundled texts' validation part, if
+            the data are bundled or there is a limit to keep.
         tokenizer: for text; None loads the one that lies beside the model.
         samples: at most so many of each length.
         output_dir: the settings are saved there, and until then the state from which a run that was
@@ -71,66 +104,149 @@ def calibrate(
         The settings, for `set_sparse_attention(model, config)` or `config.save_pretrained(folder)`.
 
     Raises:
+        TypeError: data of another kind, or text without a tokenizer.
         ValueError: bad arguments, no usable sample, no causal attention, or a target out of reach.
     """
     if method not in METHOD_NAMES:
         raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {method!r}")
-    geometry = values.geometry(geometry or BlockGeometry())
-    levels = sorted(set(levels))
-    if not levels or levels[0] < 1:
-        raise ValueError(f"levels: expected positive integers, got {levels}")
+    if granularity is not None and granularity not in GRANULARITIES:
+        raise ValueError(f"granularity: expected one of {list(GRANULARITIES)}, got {granularity!r}")
+    if method == "bsfa" and not levels:
+        raise ValueError("levels: expected at least one for method 'bsfa', got none")
     targets = _targets(target_sparsity)
+    limits = Limits.of(max_kl, max_ppl_increase)
+    if limits.phases and method == "blasst" and len(targets) == 1:
+        raise ValueError(
+            "target_sparsity: expected None or several to choose from, as max_kl and "
+            f"max_ppl_increase do, got {targets[0]}"
+        )
+    observed = Observations(_geometries(geometries), levels, keep_sink)
     if tokenizer is None:
         tokenizer = getattr(model, "name_or_path", None) or None
     rows = token_samples(data, tokenizer, lengths, samples)
-    observer = Observations([geometry], levels, keep_sink)
-    with attached(model, observer):
-        tokens = run(model, rows, observer, output_dir, progress)
-    provenance: dict[str, Any] = {
-        "calibrated_by": f"hf-sparse-attention {__version__}",
-        "samples": len(tokens),
-        "lengths": sorted(set(tokens)),
-    }
-    if method == "blasst":
-        fit = fit_blasst(observer, geometry.name, targets)
-        config = SparseAttentionConfig(
-            method="blasst",
-            fits={geometry.name: fit},
-            target_sparsity=dict.fromkeys(fit.phases, targets[0]),
-            provenance=provenance,
+    if validation is not None:
+        held_out = list(token_samples(validation, tokenizer, lengths, samples))
+    elif limits.phases and tokenizer is None:
+        raise ValueError(
+            "validation: expected held-out data to keep max_kl and max_ppl_increase on, or a "
+            "tokenizer for the bundled texts, got neither"
         )
-    else:
-        tables = _thresholds(observer, ModelFingerprint.of(model.config))
-        provenance["predicted_sparsity"] = {
-            p: observer.predicted_sparsity(geometry.name, p) for p in PHASES
-        }
-        config = SparseAttentionConfig(
-            method="bsfa",
-            tables=tables,
-            keep_sink=keep_sink,
-            provenance=provenance,
-        )
+    with attached(model, observed):
+        tokens = run(model, rows, observed, output_dir, progress)
+    if validation is None:
+        held_out = []
+        if data is None or limits.phases:
+            cut = lengths or sorted({min(tokens), max(tokens)})
+            few = min(samples or VALIDATION_SAMPLES, VALIDATION_SAMPLES)
+            held_out = list(token_samples(None, tokenizer, cut, few, part="validation"))
+
+    config = settings_from(observed, model, method, targets, granularity or DEFAULT_GRANULARITY)
+    config = replace(config, provenance={**_provenance(tokens, held_out), **config.provenance})
+    config = with_predictions(config, observed, _observe(model, observed, held_out), targets)
+    if limits.phases:
+        config = choose(model, without_prefixes(held_out), config, limits)
     if output_dir is not None and is_first():
         config.save_pretrained(output_dir)
         forget(output_dir)
     return config
 
 
-def _thresholds(observer: Observations, fingerprint: ModelFingerprint) -> Thresholds:
-    (geometry,) = observer.geometries.values()
-    prefill = observer.tops(geometry.name, "prefill")
-    if prefill is None:
+def settings_from(
+    observed: Observations,
+    model: nn.Module,
+    method: MethodName,
+    targets: Sequence[float],
+    granularity: Granularity,
+) -> SparseAttentionConfig:
+    """What was observed, as settings for both methods."""
+    fits = _fits(observed, targets, needed=method == "blasst")
+    tensors: dict[str, Tensor] = {}
+    predicted: dict[str, dict[str, dict[str, float]]] = {}
+    for name in observed.geometries:
+        for phase in PHASES:
+            table = observed.tops(name, phase) if observed.levels else None
+            if table is not None:
+                tensors[f"{name}.{phase}.T"] = table
+                levels = observed.predicted_sparsity(name, phase)
+                predicted.setdefault(name, {})[phase] = levels
+            if granularity != "global" and name in fits:
+                log_a, b = coefficients(observed, name, phase, targets, granularity)
+                tensors |= {f"{name}.{phase}.log_a": log_a, f"{name}.{phase}.b": b}
+    if method == "bsfa" and not predicted:
+        least = min(geometry.block_q for geometry in observed.geometries.values())
         raise ValueError(
-            f"calibrate: expected samples of at least {geometry.block_q} tokens, got shorter ones"
+            f"calibrate: expected samples of at least {least} tokens, got shorter ones"
         )
-    tables = {"prefill": prefill, "decode": observer.tops(geometry.name, "decode")}
-    return Thresholds(
-        {f"{geometry.name}.{p}.T": table for p, table in tables.items() if table is not None},
-        {geometry.name: geometry},
-        levels=observer.levels,
-        keep_sink=observer.keep_sink,
-        fingerprint=fingerprint,
+    tables = None
+    if tensors:
+        tables = Thresholds(
+            tensors,
+            observed.geometries,
+            levels=observed.levels if predicted else [],
+            keep_sink=observed.keep_sink,
+            fingerprint=ModelFingerprint.of(model.config),
+        )
+    return SparseAttentionConfig(
+        method=method,
+        fits=fits,
+        granularity=granularity if fits else "global",
+        target_sparsity=dict.fromkeys(PHASES, targets[0]) if fits else None,
+        keep_sink=observed.keep_sink,
+        tables=tables,
+        provenance={"predicted_sparsity": predicted} if predicted else {},
     )
+
+
+def _fits(observed: Observations, targets: Sequence[float], needed: bool) -> dict[str, Fit]:
+    """The fits of all geometries under which some target is within reach."""
+    found = {name: _fit(observed, name, targets) for name in observed.geometries}
+    errors = [fit for fit in found.values() if isinstance(fit, ValueError)]
+    if needed and len(errors) == len(found):
+        raise errors[0]
+    for error in errors if needed else []:
+        logger.warning("calibrate: a geometry is left out: %s", error)
+    return {name: fit for name, fit in found.items() if isinstance(fit, Fit)}
+
+
+def _fit(observed: Observations, geometry: str, targets: Sequence[float]) -> Fit | ValueError:
+    try:
+        return fit_blasst(observed, geometry, targets)
+    except ValueError as error:
+        return error
+
+
+def _observe(
+    model: nn.Module, like: Observations, samples: Sequence[Tensor]
+) -> Observations | None:
+    """What other samples tell of the same geometries; None without samples."""
+    if not samples:
+        return None
+    observed = Observations(list(like.geometries.values()))
+    with attached(model, observed):
+        run(model, samples, observed, progress=False)
+    return observed
+
+
+def _provenance(tokens: Sequence[int], held_out: Sequence[Tensor]) -> dict[str, Any]:
+    provenance: dict[str, Any] = {
+        "calibrated_by": f"hf-sparse-attention {__version__}",
+        "samples": len(tokens),
+        "lengths": sorted(set(tokens)),
+    }
+    if held_out:
+        provenance["validation_samples"] = len(held_out)
+        provenance["validation_lengths"] = sorted({len(ids) for ids in held_out})
+    return provenance
+
+
+def _geometries(
+    given: str | BlockGeometry | Sequence[str | BlockGeometry] | None,
+) -> Sequence[BlockGeometry]:
+    if given is None:
+        return DEFAULT_GEOMETRIES
+    if isinstance(given, (str, BlockGeometry)):
+        given = [given]
+    return [values.geometry(geometry) for geometry in given]
 
 
 def _targets(target_sparsity: float | Sequence[float] | None) -> list[float]:

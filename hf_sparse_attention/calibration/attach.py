@@ -26,29 +26,44 @@ def attached(model: Any, observations: Observations) -> Iterator[None]:
     Raises:
         TypeError: it is not a transformers model.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    before = {"": config._attn_implementation}
-    for key in config.sub_configs:
-        if getattr(config, key, None) is not None:
-            before[key] = getattr(config, key)._attn_implementation
-    training = model.training
-    settings = {module: vars(module).get(SETTINGS) for module in model.modules()}
     # Any method serves: observed attention is dense. A budget needs no calibration and no comment.
     exact = SparseAttentionConfig(method="blasst", max_dropped_mass=dict.fromkeys(PHASES, 0.0))
+    with running(model, exact):
+        try:
+            for module in model.modules():
+                vars(module)[OBSERVER] = observations
+            yield
+        finally:
+            for module in model.modules():
+                vars(module).pop(OBSERVER, None)
+
+
+@contextmanager
+def running(model: Any, config: SparseAttentionConfig) -> Iterator[None]:
+    """`model` in eval mode with the settings `config`; all as it was afterwards.
+
+    Raises:
+        TypeError: it is not a transformers model.
+    """
+    own = getattr(model, "config", None)
+    if own is None or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    before = {"": own._attn_implementation}
+    for key in own.sub_configs:
+        if getattr(own, key, None) is not None:
+            before[key] = getattr(own, key)._attn_implementation
+    training = model.training
+    settings = {module: vars(module).get(SETTINGS) for module in model.modules()}
     try:
-        model.set_attn_implementation(exact.method)
+        model.set_attn_implementation(config.method)
         model.eval()
         for module in settings:
-            vars(module)[SETTINGS] = LayerSettings.of(module, exact)
-            vars(module)[OBSERVER] = observations
+            vars(module)[SETTINGS] = LayerSettings.of(module, config)
         yield
     finally:
-        for module, own in settings.items():
-            vars(module).pop(OBSERVER, None)
+        for module, kept in settings.items():
             vars(module).pop(SETTINGS, None)
-            if own is not None:
-                vars(module)[SETTINGS] = own
+            if kept is not None:
+                vars(module)[SETTINGS] = kept
         model.train(training)
         model.set_attn_implementation(before)

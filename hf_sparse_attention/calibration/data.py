@@ -289,3 +289,13 @@ def _cut(rows: Iterable[Tensor], lengths: Sequence[int] | None) -> Iterator[Tens
             f"lengths: expected samples of at least {min(lengths)} tokens, the longest found has "
             f"{longest}"
         )
+
+
+def without_prefixes(samples: Sequence[Tensor]) -> list[Tensor]:
+    """Each row once, at the longest of the lengths that `token_samples` has cut it to."""
+    after = [*samples[1:], torch.zeros(0, dtype=torch.int64)]
+    return [
+        ids
+        for ids, longer in zip(samples, after, strict=True)
+        if not torch.equal(longer[: len(ids)], ids)
+    ]

@@ -1,113 +1,149 @@
-"""BLASST's fit: from gap histograms to the scale factor `a * exp(b * target_sparsity)`."""
+"""BLASST's fits: from histograms to the scale factor `a * exp(b * target_sparsity)`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from hf_sparse_attention.calibration.curves import Curves, budget_sparsity, curves_of
 from hf_sparse_attention.calibration.observation import Observations
-from hf_sparse_attention.calibration.tallies import BINS_PER_NAT, U_BINS, U_MIN
+from hf_sparse_attention.calibration.tallies import BUDGET_GRID
+from hf_sparse_attention.config import Granularity
 from hf_sparse_attention.fits import Fit, PhaseFit
 from hf_sparse_attention.types import PHASES, Phase
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Sparsity as a function of the scale factor; from a histogram `[U_BINS + 1]`."""
-
-    counts: Tensor
-
-    @property
-    def _below(self) -> Tensor:
-        """Share of blocks below each bin edge, `[U_BINS + 1]`."""
-        counts = self.counts.double()
-        return torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)]) / counts.sum()
-
-    @property
-    def largest(self) -> float:
-        """The sparsity that lambda -> 1 gives."""
-        return float(self._below[-1])
-
-    def sparsity(self, scale_factor: float) -> float:
-        """The share of blocks that `scale_factor` skips."""
-        if scale_factor <= 0:
-            return 0.0
-        x = min(max((math.log(scale_factor) - U_MIN) * BINS_PER_NAT, 0.0), float(U_BINS))
-        i = min(int(x), U_BINS - 1)
-        low, high = self._below[i : i + 2].tolist()
-        return float(low + (high - low) * (x - i))
-
-    def log_scale_factor(self, sparsity: float) -> float:
-        """The logarithm of the scale factor that skips a share of `sparsity` (< `largest`)."""
-        below = self._below
-        i = int((below <= sparsity).sum()) - 1  # the bin that it falls into
-        low, high = below[i : i + 2].tolist()
-        return float(U_MIN + (i + (sparsity - low) / (high - low)) / BINS_PER_NAT)
-
-
 def fit_blasst(observations: Observations, geometry: str, targets: Sequence[float]) -> Fit:
-    """`a` and `b` of `a * exp(b * target_sparsity)` by phase, and how well they fit.
+    """The fit for one geometry, of what all layers and heads share.
 
-    Least squares of the logarithm over all lengths and targets. With one target b is 0 and the
-    scale factor is the geometric mean over lengths: lambda = a / L, version 1 of the paper.
+    Several targets: version 2 of the paper, least squares of `ln(scale_factor)` over all lengths
+    and targets. One target: version 1, `lambda = a / L` by linear regression on 1 / L; b is 0.
 
     Raises:
         ValueError: no length reaches any of the targets.
     """
     phases: dict[Phase, PhaseFit] = {}
-    shortest = observations.lengths("prefill")[0]
     for phase in PHASES:
-        # Every sample also holds short decode positions. Nobody decodes there who runs requests of
-        # these lengths, and with their few blocks they would pull the fit away.
-        lengths = [n for n in observations.lengths(phase) if n >= shortest / 2]
-        curves = {n: Curve(observations.total(geometry, phase, n)) for n in lengths}
+        curves = lengths_of(observations, geometry, phase)
         points = [
-            (s, curve.log_scale_factor(s))
-            for curve in curves.values()
+            (n, s, float(each.log_factor(torch.tensor([s]))))
+            for n, each in curves.items()
             for s in targets
-            if s < curve.largest
+            if s < float(each.largest)
         ]
         if not points:
-            best = max((curve.largest for curve in curves.values()), default=0.0)
+            best = max((float(each.largest) for each in curves.values()), default=0.0)
             raise ValueError(
-                f"target_sparsity: expected less than {best:.2f} in {phase}, all that lambda < 1 "
-                f"skips at lengths {lengths}, got {list(targets)}; calibrate on longer samples"
+                f"target_sparsity: expected less than {best:.2f} in {phase} on {geometry}, all "
+                f"that lambda < 1 skips at lengths {list(curves)}, got {list(targets)}; calibrate "
+                "on longer samples"
             )
-        x, y = zip(*points, strict=True)
-        log_a, b, r2, residual = _fit_line(x, y)
-        fit = PhaseFit(
-            a=math.exp(log_a),
-            b=b,
+        reached = [s for _, s, _ in points]
+        if len(set(targets)) == 1:
+            line = _version_1(points)
+        else:
+            line = Line.through(reached, [y for _, _, y in points])
+        phases[phase] = PhaseFit(
+            a=math.exp(line.start),
+            b=line.slope,
             lengths=(min(curves), max(curves)),
-            sparsity=(min(x), max(x)),
-            r2=r2,
-            residual=residual,
+            sparsity=(min(reached), max(reached)),
+            r2=line.r2,
+            residual=line.residual,
+            budget=_fit_budget(observations, geometry, phase, list(curves), targets),
         )
-        phases[phase] = replace(fit, predicted=_predicted(curves, fit, targets))
     return Fit(observations.geometries[geometry], phases)
 
 
-def _fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float | None, float]:
-    """Intercept, slope, R^2 and rms residual of y over x; slope 0 and no R^2 if all x are one."""
-    xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    dx, dy = xs - xs.mean(), ys - ys.mean()
-    if len(set(x)) == 1:
-        return float(ys.mean()), 0.0, None, float((dy * dy).mean().sqrt())
-    slope = float((dx * dy).sum() / (dx * dx).sum())
-    spread, rest = float((dy * dy).sum()), float(((dy - slope * dx) ** 2).sum())
-    r2 = 1.0 - rest / spread if spread > 0 else 1.0
-    return float(ys.mean() - slope * xs.mean()), slope, r2, math.sqrt(rest / len(x))
+def lengths_of(
+    observations: Observations, geometry: str, phase: Phase, granularity: Granularity = "global"
+) -> dict[int, Curves]:
+    """The curves to fit, by length.
 
-
-def _predicted(
-    curves: Mapping[int, Curve], fit: PhaseFit, targets: Sequence[float]
-) -> dict[str, dict[str, float]]:
-    """The sparsity that the fit gives on the calibration data, by length and target."""
+    Every sample also holds short decode positions. Nobody decodes there who runs requests of these
+    lengths, and with their few blocks they would pull the fit away: those below half of the
+    shortest sample are left out.
+    """
+    shortest = observations.lengths("prefill")[0]
     return {
-        str(n): {f"{s:g}": round(curve.sparsity(fit.scale_factor(s)), 4) for s in targets}
-        for n, curve in curves.items()
+        n: curves_of(observations, geometry, phase, n, granularity)
+        for n in observations.lengths(phase)
+        if n >= shortest / 2
     }
+
+
+@dataclass(frozen=True)
+class Line:
+    """`start + slope * x`, and how well it fits.
+
+    Args:
+        start: at x = 0; slope: per unit of x.
+        r2: None where all y are to be one.
+        residual: root mean square of what is left of y.
+    """
+
+    start: float
+    slope: float
+    r2: float | None
+    residual: float
+
+    @classmethod
+    def through(cls, x: Sequence[float], y: Sequence[float]) -> Line:
+        """Least squares; slope 0 if all x are one."""
+        xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+        dx, dy = xs - xs.mean(), ys - ys.mean()
+        if len(set(x)) == 1:
+            return cls(float(ys.mean()), 0.0, None, float((dy * dy).mean().sqrt()))
+        slope = float((dx * dy).sum() / (dx * dx).sum())
+        rest = dy - slope * dx
+        start = float(ys.mean() - slope * xs.mean())
+        return cls(start, slope, _r2(dy, rest), float((rest * rest).mean().sqrt()))
+
+
+def _version_1(points: Sequence[tuple[int, float, float]]) -> Line:
+    """`lambda = a / L`, least squares of lambda on 1 / L through the origin; start is ln a."""
+    inverse = torch.tensor([1.0 / n for n, _, _ in points], dtype=torch.float64)
+    log_factor = torch.tensor([y for _, _, y in points], dtype=torch.float64)
+    lam = log_factor.exp() * inverse
+    a = (lam * inverse).sum() / (inverse * inverse).sum()
+    r2 = _r2(lam - lam.mean(), lam - a * inverse) if len(points) > 1 else None
+    rest = log_factor - a.log()
+    return Line(float(a.log()), 0.0, r2, float((rest * rest).mean().sqrt()))
+
+
+def _r2(spread: Tensor, rest: Tensor) -> float:
+    total = float((spread * spread).sum())
+    return 1.0 - float((rest * rest).sum()) / total if total > 0 else 1.0
+
+
+def _fit_budget(
+    observations: Observations,
+    geometry: str,
+    phase: Phase,
+    lengths: Sequence[int],
+    targets: Sequence[float],
+) -> dict[str, float] | None:
+    """`{"a", "b"}` of the budget rule's `eps = a * exp(b * s)`.
+
+    Between the eps that were simulated, `ln eps` is taken as linear in the sparsity. None if eps up
+    to 1 skip less than every target.
+    """
+    points: list[tuple[float, float]] = []
+    for n in lengths:
+        skipped = budget_sparsity(observations, geometry, phase, n)
+        grid = pairwise(zip(skipped, BUDGET_GRID, strict=True))
+        for (low, eps), (high, larger) in grid:
+            for s in targets:
+                if low <= s < high:
+                    part = (s - low) / (high - low)
+                    points.append((s, math.log(eps) + part * math.log(larger / eps)))
+    if not points:
+        return None
+    x, y = zip(*points, strict=True)
+    line = Line.through(x, y)
+    return {"a": math.exp(line.start), "b": line.slope}

@@ -275,6 +275,9 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         options: dict[str, Any] = {"method": config.method, "progress": progress}
         if config.levels:
             options["levels"] = config.levels
+        if config.fits:  # what it was trained on
+            options["geometries"] = [fit.geometry for fit in config.fits.values()]
+            options["granularity"] = config.granularity
         options |= {k: x for k, x in self.calibration_options.items() if k not in done}
         try:
             fitted = calibrate(model, self._samples, **options)
