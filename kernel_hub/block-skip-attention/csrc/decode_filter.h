@@ -51,7 +51,7 @@ BSA_INLINE uint64_t lane_bits(vi mask) {
 }
 
 // Asks for the copy this many bytes ahead of its use: the hardware stops at every page.
-constexpr int64_t kScanAhead = 8192;
+constexpr int64_t kScanAhead = 12288;
 
 // Which of the 64 keys of a chunk may reach the bound of one of RR rows.
 template <int RR>
@@ -74,6 +74,7 @@ BSA_INLINE uint64_t open_keys(const uint8_t* plane, int64_t width, const FilterR
     }
     for (int j = 0; j < NR; ++j) {
       const float* y = bounds + at + j * W;
+      for (int i = 0; i < 3; ++i) __builtin_prefetch(y + i * kLanes + kScanAhead / 4);
       const vf unit = load(y), copied = load(y + kLanes), rest = load(y + 2 * kLanes);
       vi proved = unit > 0.0f;
       for (int r = 0; r < RR; ++r) {
