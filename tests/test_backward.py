@@ -106,8 +106,8 @@ def test_levels(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     if level not in LEVELS[: LEVELS.index(best) + 1]:
         pytest.skip(f"this machine has no {level}")
     monkeypatch.setenv(LEVEL, level)
-    for size in (40, 33):
-        call = make_call("sink", (1, 4, 2, 90, 130, size), dtype=dtype, softcap=6.0, window=100)
+    for q_len, size in ((90, 40), (90, 33), (3, 40)):
+        call = make_call("sink", (1, 4, 2, q_len, 130, size), dtype=dtype, softcap=6.0, window=100)
         for geometry in (BlockGeometry(), BlockGeometry(64, 1)):
             check(call, SkipRule.blasst(0.1), geometry)
 

@@ -63,6 +63,24 @@ def test_thread_counts(geometry: str, dtype: torch.dtype, shape: tuple[int, ...]
             assert_same(one, run(call, SkipRule.blasst(0.1), geometry))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("geometry", ["64x64", "64x1"])
+def test_thread_counts_with_the_filter(geometry: str, dtype: torch.dtype) -> None:
+    """Long enough for the int8 filter, whose copy of K the threads make together."""
+    call, geometry = make_call((1, 4, 2, 700, 700, 40), dtype), BlockGeometry.from_name(geometry)
+
+    def attend() -> AttentionResult:  # without the certificate, as that turns the filter off
+        return cpu.run(call, SkipRule.blasst(0.5), geometry, return_skips=True)
+
+    one = attend()
+    assert one.counts[..., 1].sum() > one.counts[..., 0].sum() / 2
+    for n in (2, 3):
+        with threads(n):
+            again = attend()
+        for name in ("out", "lse", "counts", "skips"):
+            assert torch.equal(getattr(one, name), getattr(again, name)), name
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_levels(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,22 +298,21 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 MEMORY_SCRIPT = """
-import resource, torch
+import torch
+from benchmarks.memory import added_kib
 from hf_sparse_attention.backends import cpu
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-def run(q_len, kv_len):
+def prepare(q_len, kv_len, geometry):
     q, k, v = (torch.randn(1, 1, n, 16) for n in (q_len, kv_len, kv_len))
-    before = peak()
-    cpu.run(AttentionCall(q, k, v, scale=0.25), SkipRule.blasst(0.5), BlockGeometry())
-    return peak() - before
+    call, rule = AttentionCall(q, k, v, scale=0.25), SkipRule.blasst(0.5)
+    return lambda: cpu.run(call, rule, BlockGeometry.from_name(geometry))
 
 torch.set_num_threads(1)
-run(256, 256)
-print(run(4096, 65536))
+prepare(256, 256, "64x64")()
+for geometry in ("64x64", "64x1"):
+    print(added_kib(prepare(4096, 65536, geometry)))
+print(added_kib(lambda: torch.ones(16 * 2**20)))
 """
 
 
@@ -308,4 +325,6 @@ def test_memory_does_not_grow_with_the_scores() -> None:
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 8
+    *calls, ones = (int(line) / 1024 for line in done.stdout.split())  # MiB
+    assert 63 < ones < 72, "the measure itself"
+    assert max(calls) < 8

@@ -29,6 +29,8 @@ struct Kept {
     for (int j = 0; j < kLanes; ++j) l[j] = 0, at[j] = -kInf;
   }
 
+  void fetch(int64_t key) const { fetch_row(v + key * p.v.row, p.Dv); }
+
   // Where the next scores belong: what is kept of them is then moved down to here.
   float* next() { return s + held * kLanes; }
 
@@ -36,11 +38,17 @@ struct Kept {
     float* const to = next();
     if (to != row)
       for (int r = 0; r < kLanes; r += W) store(to + r, load(row + r));
+    fetch(key);
     keys[held++] = key;
   }
 
   // The n keys from `a` on; those that are not valid are left out.
   void hold(const float* block, int64_t a, int64_t n) {
+    if (!rq.valid && block == next()) {
+      for (int64_t x = 0; x < n; ++x) keys[held + x] = a + x;
+      held += n;
+      return;
+    }
     for (int64_t x = 0; x < n; ++x)
       if (!rq.valid || rq.valid[a + x]) hold(block + x * kLanes, a + x);
   }
@@ -49,12 +57,13 @@ struct Kept {
   void flush(const float* m) {
     rescale(m);
     alignas(64) float minus_top[kLanes];
-    bool huge = false;
-    for (int r = 0; r < kLanes; ++r) {
-      minus_top[r] = at[r] == -kInf ? 0.0f : -at[r] * unit;
-      huge = huge || minus_top[r] > 1048576.0f || minus_top[r] < -1048576.0f;
+    vi huge = {};
+    for (int r = 0; r < kLanes; r += W) {
+      const vf top = load(at + r), shift = top == -kInf ? vf{} : -top * unit;
+      store(minus_top + r, shift);
+      huge |= (shift > 1048576.0f) | (shift < -1048576.0f);
     }
-    if (huge) {  // where the rounding of the product could push an exponent over the top
+    if (any_set(huge)) {  // where the rounding of the product could push an exponent over the top
       for (int64_t x = 0; x < held * kLanes; ++x)
         s[x] -= at[x % kLanes] == -kInf ? 0.0f : at[x % kLanes];
       for (int r = 0; r < kLanes; ++r) minus_top[r] = 0.0f;
@@ -79,15 +88,17 @@ struct Kept {
   // maxima rise by little, and rescaling the output for each would cost more than the few bits of
   // range.
   void rescale(const float* m) {
+    vi ahead = {};
+    for (int r = 0; r < kLanes; r += W) ahead |= (load(m + r) - load(at + r)) * unit > 8.0f;
+    if (!any_set(ahead)) return;
     alignas(64) float factor[kLanes];
-    bool any = false, empty = true;
+    bool empty = true;
     for (int r = 0; r < kLanes; ++r) {
       const bool far = (m[r] - at[r]) * unit > 8.0f;
       factor[r] = far ? __builtin_exp2f((at[r] - m[r]) * unit) : 1.0f;
       empty = empty && (!far || at[r] == -kInf);
-      if (far) at[r] = m[r], any = true;
+      if (far) at[r] = m[r];
     }
-    if (!any) return;
     for (int r = 0; r < kLanes; ++r) l[r] *= factor[r];
     if (empty) return;  // nothing has been added in the lanes that moved
     for (int g = 0; g < kGroups; ++g)

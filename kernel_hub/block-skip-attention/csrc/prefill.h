@@ -29,6 +29,7 @@ struct Prefill {
   Kept<E> kept;
   Filter<T> filter;
   int64_t visited = 0, skipped = 0;
+  bool keeps = true;  // the last step whose scores were computed kept some of its keys
 
   Prefill(const Problem& p_, int64_t b, int64_t h, int64_t i)
       : p(p_),
@@ -116,6 +117,7 @@ struct Prefill {
       decide_blocks(fresh, j0, j1, c1);
     }
     settle();
+    keeps = skipped - skipped_before < j1 - j0;
     filter.saw(float(skipped - skipped_before) / float(j1 - j0));
   }
 
@@ -206,9 +208,18 @@ struct Prefill {
   void score(float* fresh, int64_t c0, int64_t n) {
     for (int64_t x = 0; x < n; x += kLanes) {
       const int64_t m = n - x < kLanes ? n - x : kLanes;
+      // K and V of a long input lie far away: V of these keys will be needed next if they are kept,
+      // and most likely K of the 64 after them. V has no order that the processor could foresee.
+      const auto ahead = [&](int64_t i, int64_t count) {
+        for (const int64_t end = i + count; i < end; ++i) {
+          const int64_t key = c0 + x + i;
+          if (keeps) kept.fetch(key);
+          if (key + kLanes < row.key_hi) fetch_row(k + (key + kLanes) * p.k.row, p.D);
+        }
+      };
       alignas(64) float part[kLanes];
       E::scores(k + (c0 + x) * p.k.row, p.k.row, m, qt, p.D, vectors, kept.wide, fresh + x * kLanes,
-                x ? part : top);
+                x ? part : top, ahead);
       if (x)
         for (int j = 0; j < kLanes; j += W) store(top + j, vmax(load(part + j), load(top + j)));
     }

@@ -42,9 +42,22 @@ BSA_INLINE void score_tile(const float* k, int64_t stride, const float* q, int64
     }
 }
 
+// What a product does beside: ahead(i, m) before keys [i, i + m). It is where rows that are needed
+// later are fetched, a few at a time: a burst of requests would have to queue.
+struct NothingAhead {
+  void operator()(int64_t, int64_t) const {}
+};
+
+// Asks for a row, without waiting for it.
+template <class T>
+BSA_INLINE void fetch_row(const T* row, int64_t n) {
+  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
 // S [n][64] of n keys at k, and each lane's max over them, for the lanes of `vectors` vectors.
+template <class Ahead = NothingAhead>
 BSA_INLINE void score_rows(const float* k, int64_t stride, int64_t n, const float* qt, int64_t D,
-                           int vectors, float* s, float* top) {
+                           int vectors, float* s, float* top, const Ahead& ahead = {}) {
   for (int g = 0; g * NR < vectors; ++g) {
     const float* q = qt + g * D * kGroupLanes;
     float* sg = s + g * kGroupLanes;
@@ -52,8 +65,10 @@ BSA_INLINE void score_rows(const float* k, int64_t stride, int64_t n, const floa
       vf tops[NV];
       for (int j = 0; j < NV; ++j) tops[j] = splat(-kInf);
       int64_t i = 0;
-      for (; i + MR <= n; i += MR)
+      for (; i + MR <= n; i += MR) {
+        if (g == 0) ahead(i, MR);
         score_tile<MR, NV>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
+      }
       for (; i < n; ++i) score_tile<1, NV>(k + i * stride, stride, q, D, sg + i * kLanes, tops);
       for (int j = 0; j < NV; ++j) store(top + g * kGroupLanes + j * W, tops[j]);
     });
@@ -126,14 +141,15 @@ struct FloatEngine {
     return top;
   }
 
+  template <class Ahead = NothingAhead>
   static void scores(const T* k, int64_t stride, int64_t n, const void* qt, int64_t D, int vectors,
-                     float* wide, float* s, float* top) {
+                     float* wide, float* s, float* top, const Ahead& ahead = {}) {
     const float* q = static_cast<const float*>(qt);
     if constexpr (sizeof(T) == 4) {
-      score_rows(k, stride, n, q, D, vectors, s, top);
+      score_rows(k, stride, n, q, D, vectors, s, top, ahead);
     } else {
       for (int64_t i = 0; i < n; ++i) widen(k + i * stride, D, wide + i * D);
-      score_rows(wide, D, n, q, D, vectors, s, top);
+      score_rows(wide, D, n, q, D, vectors, s, top, ahead);
     }
   }
 

@@ -91,15 +91,18 @@ struct Bf16Engine {
     return top;
   }
 
+  template <class Ahead = NothingAhead>
   static void scores(const bf16* k, int64_t stride, int64_t n, const void* qt, int64_t D,
-                     int vectors, float*, float* s, float* top) {
+                     int vectors, float*, float* s, float* top, const Ahead& ahead = {}) {
     const uint32_t* q = static_cast<const uint32_t*>(qt);
     with_tile(vectors, [&]<int MR, int NV>() __attribute__((always_inline)) {
       vf tops[NV];
       for (int j = 0; j < NV; ++j) tops[j] = splat(-kInf);
       int64_t i = 0;
-      for (; i + MR <= n; i += MR)
+      for (; i + MR <= n; i += MR) {
+        ahead(i, MR);
         score_tile_bf16<MR, NV>(k + i * stride, stride, q, D, s + i * kLanes, tops);
+      }
       for (; i < n; ++i) score_tile_bf16<1, NV>(k + i * stride, stride, q, D, s + i * kLanes, tops);
       for (int j = 0; j < NV; ++j) store(top + j * W, tops[j]);
     });
