@@ -21,6 +21,8 @@ from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Obse
 from hf_sparse_attention.calibration.prediction import with_predictions
 from hf_sparse_attention.calibration.processes import is_first
 from hf_sparse_attention.calibration.progress import forget, run
+from hf_sparse_attention.calibration.report import write_report
+from hf_sparse_attention.calibration.report_plots import require_matplotlib
 from hf_sparse_attention.config import (
     GRANULARITIES,
     METHOD_NAMES,
@@ -61,6 +63,7 @@ def calibrate(
     tokenizer: Any = None,
     samples: int | None = None,
     output_dir: str | Path | None = None,
+    report: str | Path | None = None,
     progress: bool = True,
 ) -> SparseAttentionConfig:
     """Finds thresholds for `model` on `data`; the model itself is left as it was.
@@ -98,6 +101,7 @@ def calibrate(
         samples: at most so many of each length.
         output_dir: the settings are saved there, and until then the state from which a run that was
             killed continues.
+        report: the HTML file that shows how well the thresholds fit; needs matplotlib.
         progress: show a progress bar.
 
     Returns:
@@ -106,7 +110,10 @@ def calibrate(
     Raises:
         TypeError: data of another kind, or text without a tokenizer.
         ValueError: bad arguments, no usable sample, no causal attention, or a target out of reach.
+        ImportError: a report is asked for and matplotlib is not installed.
     """
+    if report is not None:
+        require_matplotlib()
     if method not in METHOD_NAMES:
         raise ValueError(f"method: expected one of {list(METHOD_NAMES)}, got {method!r}")
     if granularity is not None and granularity not in GRANULARITIES:
@@ -142,13 +149,22 @@ def calibrate(
 
     config = settings_from(observed, model, method, targets, granularity or DEFAULT_GRANULARITY)
     config = replace(config, provenance={**_provenance(tokens, held_out), **config.provenance})
-    config = with_predictions(config, observed, _observe(model, observed, held_out), targets)
+    seen = _observe(model, observed, held_out, progress)
+    config = with_predictions(config, observed, seen, targets)
     if limits.phases:
-        config = choose(model, without_prefixes(held_out), config, limits)
+        config = choose(model, without_prefixes(held_out), config, limits, progress and is_first())
+    if report is not None and is_first():
+        write_report(config, observed, report, title=_title(model))
     if output_dir is not None and is_first():
         config.save_pretrained(output_dir)
         forget(output_dir)
     return config
+
+
+def _title(model: nn.Module) -> str:
+    """The model's name; of a local folder its last part: a report may go elsewhere."""
+    name = str(getattr(model, "name_or_path", ""))
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def settings_from(
@@ -216,14 +232,14 @@ def _fit(observed: Observations, geometry: str, targets: Sequence[float]) -> Fit
 
 
 def _observe(
-    model: nn.Module, like: Observations, samples: Sequence[Tensor]
+    model: nn.Module, like: Observations, samples: Sequence[Tensor], progress: bool
 ) -> Observations | None:
     """What other samples tell of the same geometries; None without samples."""
     if not samples:
         return None
     observed = Observations(list(like.geometries.values()))
     with attached(model, observed):
-        run(model, samples, observed, progress=False)
+        run(model, samples, observed, progress=progress, description="held-out text")
     return observed
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention.calibration.attach import running
@@ -98,12 +99,13 @@ class HeldOut:
     Args:
         model: a transformers causal language model; left as it was.
         samples: token ids `[n]` int64.
+        progress: show a bar, over sparse runs; how many there will be is not known.
 
     Raises:
         ValueError: no sample is long enough to be measured.
     """
 
-    def __init__(self, model: Any, samples: Sequence[Tensor]) -> None:
+    def __init__(self, model: Any, samples: Sequence[Tensor], progress: bool = False) -> None:
         self.model = model
         least = 2 * POSITIONS["decode"]
         device = next(model.parameters()).device
@@ -111,6 +113,7 @@ class HeldOut:
         if not self.samples:
             raise ValueError(f"validation: expected samples of at least {least} tokens, got none")
         self._dense: dict[int, Tensor] = {}
+        self._bar = tqdm(desc="choosing by cost", unit=" runs", disable=not progress)
 
     @torch.no_grad()
     def costs(self, configs: Sequence[SparseAttentionConfig], phase: Phase) -> list[Cost]:
@@ -129,6 +132,10 @@ class HeldOut:
             by_sample.append([self._cost(config, phase, ids, dense, cache) for config in configs])
         return [_mean(costs) for costs in zip(*by_sample, strict=True)]
 
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
     def _cost(
         self, config: SparseAttentionConfig, phase: Phase, ids: Tensor, dense: Tensor, cache: Any
     ) -> Cost:
@@ -136,6 +143,7 @@ class HeldOut:
             with collect_stats(self.model, dropped_mass=False) as stats:
                 sparse = self._last_logits(ids) if cache is None else self._decoded(ids, cache)
             sparsity = stats.sparsity(phase)
+        self._bar.update()
         log_p, log_q = (x.float().log_softmax(-1) for x in (dense, sparse))
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         follows = ids[0, 1 - len(sparse) :, None]
@@ -169,7 +177,11 @@ _DENSE = SparseAttentionConfig(max_dropped_mass=dict.fromkeys(PHASES, 0.0), min_
 
 
 def choose(
-    model: Any, samples: Sequence[Tensor], config: SparseAttentionConfig, limits: Limits
+    model: Any,
+    samples: Sequence[Tensor],
+    config: SparseAttentionConfig,
+    limits: Limits,
+    progress: bool = False,
 ) -> SparseAttentionConfig:
     """`config` with the highest target sparsity, or the smallest level, that keeps the limits.
 
@@ -181,10 +193,12 @@ def choose(
         samples: held-out token ids `[n]` int64.
         config: calibrated for its method.
         limits: the largest costs allowed.
+        progress: show a bar.
     """
-    held_out = HeldOut(model, samples)
+    held_out = HeldOut(model, samples, progress)
     chooser = _choose_targets if config.method == "blasst" else _choose_level
     config, exact = chooser(held_out, config, limits)
+    held_out.close()
     for phase in exact:
         logger.warning(
             "calibrate: expected a limit that the least skipping keeps in %s, which it exceeds; "

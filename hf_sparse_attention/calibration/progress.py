@@ -40,6 +40,7 @@ def run(
     observations: Observations,
     output_dir: str | Path | None = None,
     progress: bool = True,
+    description: str = "calibrating",
 ) -> list[int]:
     """Runs `model`, whose attention `observations` watches, over `samples`.
 
@@ -52,6 +53,7 @@ def run(
         observations: what they are added to.
         output_dir: where the state is kept, until `forget` removes it; None keeps none.
         progress: show a bar.
+        description: what stands before the bar.
 
     Returns:
         The length of each sample, in their order.
@@ -70,8 +72,8 @@ def run(
     bar = tqdm(
         total=len(samples) if isinstance(samples, Sized) else None,
         initial=done,
-        desc="calibrating",
-        unit="sample",
+        desc=description,
+        unit=" samples",
         disable=not progress or processes.rank > 0,
     )
     pace = _Pace()
