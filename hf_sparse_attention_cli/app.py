@@ -73,7 +73,8 @@ def _command(function: Any, name: str, *examples: str) -> None:
 _command(
     calibrate.calibrate,
     "calibrate",
-    "hf-sparse-attention calibrate org/model --out calibrated",
+    "hf-sparse-attention calibrate org/model --out calibrated --with-model --report",
+    "hf-sparse-attention calibrate org/model --out calibrated --max-kl prefill=0.01,decode=0.005",
     "hf-sparse-attention calibrate path/to/model --out settings --data notes/ --lengths 2048,8192",
     "hf-sparse-attention calibrate model.gguf --out calibrated --target-sparsity 0.5,0.3,0.7",
 )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from hf_sparse_attention_cli.values import NUMBERS, floats, integers, print_json
+from hf_sparse_attention_cli import loading
+from hf_sparse_attention_cli.values import (
+    BY_PHASE,
+    NUMBERS,
+    by_phase,
+    floats,
+    integers,
+    names,
+    print_json,
+)
 
 #: The groups that --help shows the options in.
-TEXT, FITTED, LOADING = "The text", "What is fitted", "Loading the model"
-CHOSEN = "Choosing by cost"
+TEXT, FITTED, LIMITS, LOADING = (
+    "The text",
+    "What is fitted",
+    "Choosing by cost",
+    "Loading the model",
+)
+#: The report's file in --out.
+REPORT_NAME = "calibration_report.html"
 
 
 def calibrate(
@@ -93,34 +107,37 @@ def calibrate(
         Literal["global", "layer", "head"] | None,
         typer.Option(
             rich_help_panel=FITTED,
-            help="BLASST: what shares one threshold.",
+            help="BLASST: one threshold for all, or one for each layer or head.",
             show_default="global",
         ),
     ] = None,
     geometries: Annotated[
-        list[str] | None,
+        Any,
         typer.Option(
+            parser=names,
+            metavar="ROWSxKEYS,...",
             rich_help_panel=FITTED,
-            metavar="ROWSxKEYS",
-            help="Blocks to calibrate for; may be repeated.",
-            show_default="64x128, 64x64 and 64x1",
+            help="Block sizes to calibrate for; each costs time.",
+            show_default="64x128,64x64,64x1",
         ),
     ] = None,
     max_kl: Annotated[
-        float | None,
+        Any,
         typer.Option(
-            min=0.0,
-            rich_help_panel=CHOSEN,
-            help="Run the highest target (BSFA: the smallest level) that diverges by at most so "
-            "many nats from the dense model on held-out text, in each phase.",
+            parser=by_phase,
+            metavar=BY_PHASE,
+            rich_help_panel=LIMITS,
+            help="Run the highest target (BSFA: smallest level) whose divergence from the dense "
+            "model stays below this on held-out text, in nats; 0.01 is cautious.",
             show_default=False,
         ),
     ] = None,
     max_ppl_increase: Annotated[
-        float | None,
+        Any,
         typer.Option(
-            min=0.0,
-            rich_help_panel=CHOSEN,
+            parser=by_phase,
+            metavar=BY_PHASE,
+            rich_help_panel=LIMITS,
             help="The same for the perplexity: 0.01 allows one per cent more.",
             show_default=False,
         ),
@@ -128,9 +145,9 @@ def calibrate(
     validation: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=CHOSEN,
-            help="Held-out text: a file, a folder or a .jsonl file. The bundled texts' validation "
-            "part if left out.",
+            rich_help_panel=LIMITS,
+            help="Held-out text, a local path like --data; the bundled validation texts if left "
+            "out.",
             show_default=False,
         ),
     ] = None,
@@ -185,6 +202,12 @@ def calibrate(
     with_model: Annotated[
         bool, typer.Option("--with-model", help="Save the model and tokenizer to --out, too.")
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help=f"Write {REPORT_NAME} to --out: plots and tables (needs matplotlib)."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -192,9 +215,10 @@ def calibrate(
 
     One dense pass a sample; both methods and every block geometry come out of it.
     """
-    rows = _rows(data, split, samples)
-    network, tokenizer = _load(
-        *_where(model, gguf_file),
+    rows = loading.rows(data, split, samples)
+    loading.check_local("--validation", validation)
+    network, tokenizer = loading.load(
+        *loading.where(model, gguf_file),
         dtype=dtype,
         device=device,
         device_map=device_map,
@@ -218,6 +242,7 @@ def calibrate(
         "max_kl": max_kl,
         "max_ppl_increase": max_ppl_increase,
         "validation": validation,
+        "report": out / REPORT_NAME if report else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if fresh:
@@ -238,74 +263,20 @@ def calibrate(
         tokenizer.save_pretrained(out)
         config.save_pretrained(out)
     summary = {"out": str(out), **summarise(type(config).from_pretrained(out))}
+    if report:
+        summary["report"] = str(out / REPORT_NAME)
     if json:
         print_json(summary)
         return
     from rich.console import Console
 
-    show(summary, f"{model}, calibrated: {out}", Console())
+    console = Console()
+    show(summary, f"{model}, calibrated: {out}", console)
+    console.print(f"To run it: {_use(out, method)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _where(model: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """The folder or repository, and the GGUF file in it."""
-    if gguf_file is None and model.endswith(".gguf"):
-        return str(Path(model).parent), Path(model).name
-    return model, gguf_file
-
-
-def _rows(data: str | None, split: str, samples: int | None) -> Any:
-    """What `calibrate` takes: None, a path, or a streaming dataset."""
-    if data is None or Path(data).exists():
-        return data
-    if data.startswith((".", "/", "~")) or data.endswith((".txt", ".jsonl", ".md")):
-        raise FileNotFoundError(f"--data: expected a file or folder at {data}, found none")
-    if samples is None:
-        raise typer.BadParameter(
-            f"{data} is no local file, and a dataset of the Hub may be endless: say how many",
-            param_hint="--samples",
-        )
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "--data: expected the package datasets for a dataset of the Hub, found none; "
-            "pip install datasets"
-        ) from error
-    return datasets.load_dataset(data, split=split, streaming=True)
-
-
-def _load(
-    source: str,
-    gguf_file: str | None,
-    *,
-    dtype: str,
-    device: str | None,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    quiet: bool,
-) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    if quiet:
-        logging.disable_progress_bar()
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        options["gguf_file"] = gguf_file
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if gguf_file is not None:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    if device_map is not None:
-        options["device_map"] = device_map
-    network = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
-    )
-    if device_map is None:
-        rank = os.environ.get("LOCAL_RANK", "0")
-        network.to(device or (f"cuda:{rank}" if torch.cuda.is_available() else "cpu"))
-    return network.eval(), tokenizer
+def _use(out: Path, method: str) -> str:
+    """How the settings in `out` are run."""
+    if list(out.glob("*.safetensors.index.json")) or (out / "model.safetensors").is_file():
+        return f'from_pretrained("{out}", attn_implementation="{method}")'
+    return f'hf_sparse_attention.load_thresholds(model, "{out}")'

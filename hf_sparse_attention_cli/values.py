@@ -33,6 +33,11 @@ def floats(text: str) -> list[float]:
     return _numbers(text, float)
 
 
+def names(text: str) -> list[str]:
+    """`64x64,64x1` as a list."""
+    return text.split(",")
+
+
 def by_phase(text: str) -> float | dict[str, float]:
     """`0.5` for both phases, or `prefill=0.5,decode=0.3`."""
     try:

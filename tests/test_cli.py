@@ -117,7 +117,20 @@ def test_calibrate_chooses_by_cost(model, tmp_path):
         fit = made["fits"]["64x1"][phase]
         assert fit["target_sparsity"] == pytest.approx(fit["sparsity"][1])
         assert fit["held_out"]
-    assert calibrate(model, tmp_path, "--max-kl", -1).exit_code == 2
+    refused = calibrate(model, tmp_path, "--max-kl", "prefill=-1")
+    assert refused.exit_code == 1
+    assert "max_kl" in refused.stderr
+
+
+def test_report(model, tmp_path):
+    """It is beside the settings, shows what limits cost, and names no path of this machine."""
+    options = ("--geometries", "64x64", "--max-kl", "prefill=10", "--target-sparsity", "0.05,0.1")
+    text = model.parent / "text.txt"
+    result = calibrate(model, tmp_path, *options, "--validation", text, "--report", "--json")
+    assert result.exit_code == 0, result.stderr
+    page = Path(json.loads(result.stdout)["report"]).read_text()
+    assert "What skipping costs" in page
+    assert str(model.parent) not in page
 
 
 def test_with_model_gives_a_folder_that_runs(model, tmp_path):
@@ -211,9 +224,13 @@ def _damage(folder):
             "expected a file or folder",
         ),
         (lambda folder: ["calibrate", folder / "none", "--out", folder], "none"),
+        (
+            lambda folder: ["calibrate", folder, "--out", folder, "--validation", "none.txt"],
+            "--validation: expected a file or folder",
+        ),
         (lambda folder: ["import", folder / "config.json", "--out", folder], "got our own"),
     ],
-    ids=["no-folder", "damaged", "range", "no-text", "no-model", "ours"],
+    ids=["no-folder", "damaged", "range", "no-text", "no-model", "no-validation", "ours"],
 )
 def test_refusals_are_one_line_and_exit_code_1(settings, monkeypatch, arguments, said):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
