@@ -7,20 +7,25 @@ safetensors file beside it (`thresholds.py`).
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hf_sparse_attention import config_schema
+from hf_sparse_attention import config_schema, storage
 from hf_sparse_attention import config_values as values
 from hf_sparse_attention.config_schema import CONFIG_KEY
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.fits import Fit, PhaseFit
 from hf_sparse_attention.fits import fits as read_fits
-from hf_sparse_attention.thresholds import Thresholds, write_atomically
+from hf_sparse_attention.thresholds import Thresholds
 from hf_sparse_attention.types import BlockGeometry, Phase
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+logger = logging.getLogger(__name__)
 
 MethodName = Literal["blasst", "bsfa"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
@@ -115,20 +120,15 @@ class SparseAttentionConfig:
         if not isinstance(self.keep_sink, bool):
             raise ValueError(f"keep_sink: expected True or False, got {self.keep_sink!r}")
         for name in ("targets", "ignore"):
-            names = getattr(self, name)
-            if isinstance(names, str) or not all(isinstance(x, str) for x in names):
-                raise ValueError(f"{name}: expected a list of names, got {names!r}")
-            put(name, list(names))
-        if self.thresholds_file is not None and set(self.thresholds_file) != {"name", "sha256"}:
-            raise ValueError(
-                f"thresholds_file: expected 'name' and 'sha256', got {self.thresholds_file!r}"
-            )
+            put(name, values.names(name, getattr(self, name)))
+        if self.thresholds_file is not None:
+            put("thresholds_file", values.pin("thresholds_file", self.thresholds_file))
         self._check_levels(put)
 
     def _check_levels(self, put: Any) -> None:
-        levels = list(self.tables.levels) if self.tables is not None else list(self.levels)
-        for k in levels:
-            values.integer("levels", k, least=1)
+        levels = values.integers(
+            "levels", self.levels if self.tables is None else self.tables.levels, least=1
+        )
         put("levels", levels)
         if self.level is not None:
             values.integer("level", self.level, least=1)
@@ -187,87 +187,101 @@ class SparseAttentionConfig:
         """
         return cls(**config_schema.read(data))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, model: Any = None) -> None:
         """Puts the settings into `folder`'s config.json and the tables beside it, each atomically.
+
+        What else config.json says stays. Beside an adapter the settings stand in a file of their
+        own, `sparse_attention_thresholds.json`.
+
+        Args:
+            folder: made if it is not there.
+            model: saved there first, by its own `save_pretrained` (which alone does not know the
+                tables): a transformers or PEFT model.
 
         Raises:
             ValueError: if config.json uses the key for something else, as a few models do.
+            FileNotFoundError: the tables were never loaded, and are not in `folder` either.
         """
-        file = Path(folder) / "config.json"
-        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        present = content.get(CONFIG_KEY)
-        if present is not None and not config_schema.is_ours(present):
-            raise ValueError(
-                f"{file}: expected {CONFIG_KEY!r} to be absent or ours to replace, got a "
-                f"{type(present).__name__} that the model itself consumes"
-            )
+        if model is not None:
+            model.save_pretrained(folder)
         saved = self
-        if (
-            self.tables is not None
-        ):  # first the table, so that config.json never names a missing file
+        if self.tables is not None:  # before config.json, which shall never name a missing file
             saved = replace(self, thresholds_file=self.tables.save(folder))
-        content[CONFIG_KEY] = saved.to_dict()
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        write_atomically(file, text.encode())
+        elif self.thresholds_file is not None:
+            self.load_tables(folder)
+        storage.write_settings(folder, saved.to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Puts the settings, tables and a section of the model card into a Hub repository.
+
+        All in one commit, so that no reader ever sees a half. Options as in `hub.push`: `model`,
+        `tokenizer`, `attachments`, `base_model`, `revision`, `private`, `token`, `create_pr`, ...
+        """
+        from hf_sparse_attention import hub
+
+        return hub.push(self, repo_id, **options)
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, **download: Any
-    ) -> SparseAttentionConfig:
+    def from_pretrained(cls, source: str | Path, **download: Any) -> SparseAttentionConfig:
         """Reads the settings, tables included, of a local folder or a Hub repository.
 
         Args:
             source: a folder, or a repository such as `"org/model"`.
-            revision: branch, tag or commit of the repository.
-            download: more arguments of `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, ...
+            download: what `huggingface_hub.hf_hub_download` takes: `revision` (a branch, tag or
+                commit), `token`, `subfolder`, `cache_dir`, `local_files_only`, ...
 
         Raises:
-            FileNotFoundError: there is no config.json, or not the table file that it names.
+            FileNotFoundError: there are no settings, or not the table file that they name.
             ValueError: config.json holds no settings, or settings or tables are bad.
         """
-        file = _fetch(source, "config.json", revision=revision, **download)
-        content = json.loads(file.read_text("utf-8"))
-        if CONFIG_KEY not in content:
-            raise ValueError(f"{file}: expected the key {CONFIG_KEY!r}, got {sorted(content)}")
-        config = cls.from_dict(content[CONFIG_KEY])
+        file, content = storage.read_settings(source, **download)
+        try:
+            config = cls.from_dict(content[CONFIG_KEY])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         fingerprint = ModelFingerprint.of(content)
-        return config.load_tables(source, fingerprint=fingerprint, revision=revision, **download)
+        if commit := storage.commit_of(file):
+            download = {**download, "revision": commit}
+        return config.load_tables(source, fingerprint=fingerprint, **download)
 
     @classmethod
     def from_model_config(cls, config: Any) -> SparseAttentionConfig | None:
         """The settings that a transformers model config carries, or None.
 
-        Never goes to the network: tables are read from the local folder or from the Hub cache that
-        the model came from.
+        Tables are taken from where the model came from: the local folder, the Hub's cache, or, the
+        first time, the Hub. Where they are out of reach the settings come without, and a warning
+        says why; a method that cannot do without them then refuses to run.
 
         Raises:
-            ValueError, FileNotFoundError: settings are there, but bad, or their table file is
-            missing.
+            ValueError: settings are there, but they, or their tables, are bad.
         """
         data = getattr(config, CONFIG_KEY, None)
         if not config_schema.is_ours(data):
             return None
         assert isinstance(data, Mapping)
-        settings = cls.from_dict(data)
         source = getattr(config, "_name_or_path", "")
+        try:
+            settings = cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{source or type(config).__name__}: {error}") from error
         if settings.thresholds_file is None or not source:
             return settings
         try:
             return settings.load_tables(
-                source, fingerprint=ModelFingerprint.of(config), local_files_only=True
+                source,
+                fingerprint=ModelFingerprint.of(config),
+                **storage.place_of(source, settings.thresholds_file),
             )
-        except FileNotFoundError:
-            if Path(source).is_dir():
-                raise
-            return settings  # not in the cache; the method says what to do when it needs them
+        except OSError as error:
+            logger.warning(
+                "sparse attention runs without its tables: %s. "
+                "hf_sparse_attention.load_thresholds(model, repo_or_folder) loads them",
+                str(error).rstrip("."),
+            )
+            return settings
 
     def load_tables(
-        self,
-        source: str | Path,
-        *,
-        fingerprint: ModelFingerprint | None = None,
-        revision: str | None = None,
-        **download: Any,
+        self, source: str | Path, *, fingerprint: ModelFingerprint | None = None, **download: Any
     ) -> SparseAttentionConfig:
         """These settings with the tables that `thresholds_file` names, if it names any.
 
@@ -275,30 +289,9 @@ class SparseAttentionConfig:
         """
         if self.thresholds_file is None:
             return self
-        name = self.thresholds_file["name"]
-        if Path(name).name != name:
-            raise ValueError(f"thresholds_file: expected a plain file name, got {name!r}")
-        file = _fetch(source, name, revision=revision, **download)
         tables = Thresholds.load(
-            file, sha256=self.thresholds_file["sha256"], fingerprint=fingerprint
+            storage.fetch(source, self.thresholds_file["name"], **download),
+            sha256=self.thresholds_file["sha256"],
+            fingerprint=fingerprint,
         )
         return replace(self, tables=tables)
-
-
-def _fetch(source: str | Path, name: str, *, revision: str | None, **download: Any) -> Path:
-    """The local path of `source`'s file `name`, downloaded if `source` is a Hub repository."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: expected this file, found none")
-        return folder / name
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision, **download))
-    except (EntryNotFoundError, HFValidationError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name}: expected it in the folder or Hub repository {str(source)!r}, found none "
-            f"({error})"
-        ) from error

@@ -130,7 +130,7 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(own)
     for name in ("targets", "ignore"):
         if group.get(name):
-            fields[name] = list(group[name])
+            fields[name] = group[name]
     if fields.get("targets") == [EVERY_ATTENTION]:
         del fields["targets"]
     if "fits" not in own:  # else they only repeat one of the fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from hf_sparse_attention.types import ORDERS, PHASES, BlockGeometry, Phase
@@ -22,6 +23,32 @@ def integer(name: str, value: Any, *, least: int) -> None:
     """Refuses what is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def integers(name: str, value: Any, *, least: int) -> list[int]:
+    """`value` as a list of integers, each of at least `least`."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: expected a list of integers, got {value!r}")
+    for x in value:
+        integer(name, x, least=least)
+    return list(value)
+
+
+def names(name: str, value: Any) -> list[str]:
+    """`value` as a list of strings."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
+        raise ValueError(f"{name}: expected a list of names, got {value!r}")
+    return list(value)
+
+
+def pin(name: str, value: Any) -> dict[str, str]:
+    """`{"name", "sha256"}` of a file that lies in the same folder."""
+    if not isinstance(value, Mapping) or set(value) != {"name", "sha256"}:
+        raise ValueError(f"{name}: expected 'name' and 'sha256', got {value!r}")
+    names(name, list(value.values()))
+    if PurePath(value["name"]).name != value["name"]:
+        raise ValueError(f"{name}: expected a plain file name, got {value['name']!r}")
+    return dict(value)
 
 
 def _phases(name: str, value: Any) -> dict[Phase, Any] | None:

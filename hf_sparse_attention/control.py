@@ -12,13 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse_attention.backends import BACKENDS
-from hf_sparse_attention.changes import ByPhase, updated
+from hf_sparse_attention.changes import ByPhase, merged, updated
 from hf_sparse_attention.config import METHOD_NAMES, MethodName, SparseAttentionConfig
 from hf_sparse_attention.config_schema import CONFIG_KEY, is_ours
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.interface import foreign_message
 from hf_sparse_attention.methods import METHODS
+from hf_sparse_attention.saving import keep_on_save
 from hf_sparse_attention.settings import ATTRIBUTE, LayerSettings, announce
+from hf_sparse_attention.types import PHASES
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,8 @@ def set_sparse_attention(
     """Gives a live model block-sparse attention, or changes how it skips.
 
     What is not mentioned stays as it is. The settings hold for this model only, even if others were
-    made from the same config object: the model gets a copy of its own. `save_pretrained` keeps
-    them. Changing numbers does not recompile a compiled model.
+    made from the same config object: the model gets a copy of its own. They are saved and pushed
+    with the model, tables included. Changing numbers does not recompile a compiled model.
 
     Args:
         model: a transformers model, plain or wrapped (PEFT, `torch.compile`).
@@ -67,7 +69,7 @@ def set_sparse_attention(
     if isinstance(method, SparseAttentionConfig):
         config = method
     elif method is None or method in METHOD_NAMES:
-        config = _present(pretrained, method)
+        config = _present(pretrained, method, dense=_never_skips(threshold_scale_factor))
     else:
         valid = ", ".join(repr(name) for name in get_args(MethodName))
         raise ValueError(f"method: expected one of {valid} or a config, got {method!r}")
@@ -89,19 +91,20 @@ def set_sparse_attention(
 
 
 def load_thresholds(
-    model: nn.Module, repo_or_folder: str | Path, revision: str | None = None
+    model: nn.Module, repo_or_folder: str | Path, revision: str | None = None, **download: Any
 ) -> SparseAttentionConfig:
     """Gives `model` the settings and thresholds of a local folder or a Hub repository.
 
     Args:
-        model: a transformers model, plain or wrapped.
-        repo_or_folder: where config.json and the threshold file are.
+        model: a transformers model, plain or wrapped (PEFT).
+        repo_or_folder: where they are: a model, an adapter, or the thresholds alone.
         revision: branch, tag or commit of the repository.
+        download: more of what `huggingface_hub.hf_hub_download` takes: `token`, `cache_dir`, ...
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, it is damaged, or another model's.
     """
-    config = SparseAttentionConfig.from_pretrained(repo_or_folder, revision=revision)
+    config = SparseAttentionConfig.from_pretrained(repo_or_folder, revision=revision, **download)
     check_same_model(model, config, str(repo_or_folder))
     return set_sparse_attention(model, config)
 
@@ -123,7 +126,7 @@ def check_same_model(model: nn.Module, config: SparseAttentionConfig, source: st
 
 def present_config(model: nn.Module) -> SparseAttentionConfig:
     """The settings that `model` has now: set, or from its config.json; else the defaults."""
-    return _present(pretrained_model(model), None)
+    return _present(pretrained_model(model), None, dense=False)
 
 
 def running_method(model: nn.Module) -> str | None:
@@ -166,8 +169,13 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _present(model: PreTrainedModel, method: MethodName | None) -> SparseAttentionConfig:
-    """The settings the model has now, under `method` if that is given, else the one that runs."""
+def _present(
+    model: PreTrainedModel, method: MethodName | None, *, dense: bool
+) -> SparseAttentionConfig:
+    """The settings the model has now, under `method` if that is given, else the one that runs.
+
+    Bad ones do not keep a user from running `dense`.
+    """
     text_config = model.config.get_text_config()
     if method is None and text_config._attn_implementation in METHODS:
         method = text_config._attn_implementation
@@ -175,9 +183,23 @@ def _present(model: PreTrainedModel, method: MethodName | None) -> SparseAttenti
         settings = getattr(module, ATTRIBUTE, None)
         if isinstance(settings, LayerSettings):
             return replace(settings.config, method=method or settings.config.method)
-    kept = SparseAttentionConfig.from_model_config(model.config)
-    kept = kept or SparseAttentionConfig.from_model_config(text_config) or SparseAttentionConfig()
+    try:
+        kept = SparseAttentionConfig.from_model_config(model.config)
+        kept = kept or SparseAttentionConfig.from_model_config(text_config)
+    except ValueError as error:
+        if not dense:
+            raise
+        logger.warning(
+            "attention runs dense, as asked; the model's own settings are bad: %s", error
+        )
+        return SparseAttentionConfig()
+    kept = kept or SparseAttentionConfig()
     return replace(kept, method=method or kept.method)
+
+
+def _never_skips(factor: ByPhase) -> bool:
+    """Whether a `threshold_scale_factor` given by the user rules out all skipping."""
+    return merged(None, factor) == dict.fromkeys(PHASES, 0)
 
 
 def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentionConfig) -> None:
@@ -192,6 +214,8 @@ def _apply(model: nn.Module, pretrained: PreTrainedModel, config: SparseAttentio
     run_with(pretrained, config)
     for owner in (pretrained.config, text):
         setattr(owner, CONFIG_KEY, config.to_dict())
+    for saved in {model, pretrained}:
+        keep_on_save(saved, config)
     announce(config)
 
 

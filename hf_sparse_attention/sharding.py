@@ -24,6 +24,11 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return not is_distributed() or distributed.get_rank() == 0
+
+
 def shares_of(module: nn.Module) -> tuple[Share, ...]:
     """The mesh dimensions along which a parameter of `module` is cut; the likeliest first.
 

@@ -18,6 +18,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +26,15 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
+from hf_sparse_attention import config_values as values
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.types import PHASES, BlockGeometry, Phase
 
 THRESHOLDS_NAME = "sparse_attention_thresholds.safetensors"
 SCHEMA_VERSION = 2
 KINDS = ("T", "log_a", "b")
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,25 +167,42 @@ class Thresholds:
         tensors = load_safetensors(data)  # checks the header's and the tensors' sizes
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__", {})
-        version = int(metadata.get("schema_version", 0))
+        version = _entry(metadata, "schema_version", int)
         if not 1 <= version <= SCHEMA_VERSION:
             raise ValueError(
-                f"schema version: expected 1 to {SCHEMA_VERSION}, found {version or 'none'}"
-                + ("; a newer hf-sparse-attention can read it" if version else "")
+                f"schema version: expected 1 to {SCHEMA_VERSION}, found {version}"
+                "; a newer hf-sparse-attention can read it"
             )
         if version == 1:
-            geometry = json.loads(metadata["geometry"])
-            name = BlockGeometry(**geometry).name
-            metadata["geometries"] = json.dumps({name: geometry})
+            geometry = values.geometry(_entry(metadata, "geometry", dict))
+            geometries = {geometry.name: geometry}
             tensors = {f"{name}.T": x for name, x in tensors.items()}
-        geometries = json.loads(metadata["geometries"])
+        else:
+            entries = _entry(metadata, "geometries", dict)
+            geometries = {name: values.geometry(x) for name, x in entries.items()}
         return cls(
             tensors,
-            {name: BlockGeometry(**x) for name, x in geometries.items()},
-            levels=json.loads(metadata["levels"]),
-            keep_sink=json.loads(metadata["keep_sink"]),
-            fingerprint=ModelFingerprint(**json.loads(metadata["fingerprint"])),
+            geometries,
+            levels=values.integers("levels", _entry(metadata, "levels", list), least=1),
+            keep_sink=_entry(metadata, "keep_sink", bool),
+            fingerprint=ModelFingerprint(**_entry(metadata, "fingerprint", dict)),
         )
+
+
+def _entry(metadata: dict[str, str], name: str, kind: type[E]) -> E:
+    """The entry `name` of a file's metadata, whose values are JSON, of type `kind`.
+
+    Raises:
+        ValueError: it is not there, no JSON, or of another type.
+    """
+    text = metadata.get(name, "none")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, kind):
+        raise ValueError(f"metadata {name!r}: expected JSON of type {kind.__name__}, found {text}")
+    return value
 
 
 def _check_table(name: str, table: Tensor, levels: list[int]) -> tuple[int, int]:
@@ -197,7 +218,8 @@ def _check_table(name: str, table: Tensor, levels: list[int]) -> tuple[int, int]
         raise ValueError(f"{name}: expected torch.float32, got {table.dtype}")
     if bool(table.isnan().any()):
         raise ValueError(f"{name}: expected numbers or -inf, got NaN")
-    if name.endswith(".b") and not bool(table.isfinite().all()):
+    infinite = table.isinf() if name.endswith(".b") else table.isposinf()
+    if not name.endswith(".T") and bool(infinite.any()):  # a T of +inf skips all it may
         raise ValueError(f"{name}: expected finite numbers, got infinite ones")
     layers, heads = table.shape[-3:-1] if name.endswith(".T") else table.shape
     return layers, heads

@@ -227,8 +227,8 @@ def calibrate(
         quiet=quiet,
     )
     from hf_sparse_attention import calibrate as run
-    from hf_sparse_attention.calibration.processes import is_first
     from hf_sparse_attention.calibration.progress import forget
+    from hf_sparse_attention.sharding import is_first
     from hf_sparse_attention_cli.summary import show, summarise
 
     options = {

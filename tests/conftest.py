@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+from loopback_hub import LoopbackHub, serve
 
 torch.set_num_threads(1)
 
@@ -46,3 +48,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A loopback Hub that `huggingface_hub` and transformers talk to, logged in as "owner"."""
+    import transformers.utils.hub
+    from huggingface_hub import constants, hf_api
+
+    with serve() as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", "hf_owner")
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries
+        yield server

@@ -9,30 +9,48 @@ from typing import Any
 
 import torch
 from tiny_models import token_ids
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention import SparseAttentionConfig, collect_stats, set_sparse_attention
-from hf_sparse_attention.thresholds import ModelFingerprint, Thresholds
+from hf_sparse_attention.fingerprint import ModelFingerprint
+from hf_sparse_attention.fits import Fit, PhaseFit
+from hf_sparse_attention.thresholds import Thresholds
 from hf_sparse_attention.types import PHASES, BlockGeometry
 
 LENGTH = 200
 GEOMETRY = BlockGeometry(16, 16)
 
 
-def tables(config: Any) -> Thresholds:
-    """BSFA thresholds under which each head skips all it may or nothing, layers unlike.
+def tables(config: Any, only_layer: int | None = None) -> Thresholds:
+    """Thresholds of both methods: each head skips all it may or nothing, and layers are unlike.
 
-    So that no rounding decides, and any other head's thresholds would show.
+    So that no rounding decides, and any other head's thresholds would show. With `only_layer` the
+    others skip nothing.
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     # All but head 0, 2, ...: in decode a whole group must agree, and one group of each layer does.
     skips = torch.tensor([[h != 2 * n for h in range(heads)] for n in range(layers)])
+    if only_layer is not None:
+        skips &= (torch.arange(layers) == only_layer)[:, None]
     everything = torch.tensor(1e9)
     table = torch.where(skips, everything, -torch.inf)[None, :, :, None].expand(1, -1, -1, 4)
     fingerprint = ModelFingerprint.of(config)
     name = GEOMETRY.name
-    tensors = {f"{name}.{phase}.T": table.clone() for phase in ("prefill", "decode")}
+    tensors = {}
+    for phase in PHASES:
+        tensors[f"{name}.{phase}.T"] = table.clone()
+        tensors[f"{name}.{phase}.log_a"] = torch.where(skips, torch.tensor(5.0), -torch.inf)
+        tensors[f"{name}.{phase}.b"] = torch.zeros(layers, heads)
     return Thresholds(tensors, {name: GEOMETRY}, [4], fingerprint=fingerprint)
+
+
+def same_tables(one: SparseAttentionConfig, other: SparseAttentionConfig) -> bool:
+    """Whether two configs hold the same tables."""
+    assert one.tables is not None
+    assert other.tables is not None
+    mine, theirs = one.tables.tensors, other.tables.tensors
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def settings(config: Any) -> Iterator[tuple[str, SparseAttentionConfig]]:
@@ -41,7 +59,20 @@ def settings(config: Any) -> Iterator[tuple[str, SparseAttentionConfig]]:
     yield "dense", SparseAttentionConfig(threshold_scale_factor=0, **common)
     yield "blasst", SparseAttentionConfig(threshold_scale_factor=150.0, **common)
     yield "budget", SparseAttentionConfig(max_dropped_mass=1.0, **common)
-    yield "bsfa", SparseAttentionConfig(method="bsfa", tables=tables(config), **common)
+    common["tables"] = tables(config)
+    yield "bsfa", SparseAttentionConfig(method="bsfa", **common)
+    fits = {GEOMETRY.name: Fit(GEOMETRY, {phase: PhaseFit(a=1.0) for phase in PHASES})}
+    yield "blasst-by-head", SparseAttentionConfig(granularity="head", fits=fits, **common)
+
+
+@torch.no_grad()
+def saved_and_loaded(model: Any, folder: Path) -> Tensor:
+    """Logits of the prompt from BSFA as it is found beside the model that these ranks saved."""
+    set_sparse_attention(model, dict(settings(model.config))["bsfa"])
+    model.save_pretrained(folder)
+    torch.distributed.barrier()
+    again = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="bsfa")
+    return again(token_ids(1, LENGTH)).logits
 
 
 def run(model: Any) -> dict[str, dict[str, Any]]:
@@ -65,5 +96,7 @@ if __name__ == "__main__":
     parallel = AutoModelForCausalLM.from_pretrained(
         folder, tp_plan="auto", attn_implementation="blasst"
     )
-    torch.save(run(parallel), out / f"rank{torch.distributed.get_rank()}.pt")
+    results = run(parallel)
+    results["bsfa"]["reloaded"] = saved_and_loaded(parallel, out / "saved")
+    torch.save(results, out / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

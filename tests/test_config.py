@@ -265,7 +265,7 @@ def test_a_folder_without_settings_is_named(tmp_path):
         SparseAttentionConfig.from_pretrained(tmp_path)
 
 
-def test_a_checkpoint_carries_its_settings(tmp_path):
+def test_a_checkpoint_carries_its_settings(tmp_path, caplog):
     """Through transformers' own save and load, tables beside it; a missing table is named."""
     model = tiny_models.llama()
     fingerprint = ModelFingerprint.of(model.config)
@@ -276,8 +276,13 @@ def test_a_checkpoint_carries_its_settings(tmp_path):
     found = SparseAttentionConfig.from_model_config(loaded.config)
     torch.testing.assert_close(found.tables.tensors, config.tables.tensors)
     (tmp_path / THRESHOLDS_NAME).unlink()
+    assert SparseAttentionConfig.from_model_config(loaded.config).tables is None
+    assert f"{THRESHOLDS_NAME}: expected this file, found none" in caplog.text
     with pytest.raises(FileNotFoundError, match=THRESHOLDS_NAME):
-        SparseAttentionConfig.from_model_config(loaded.config)
+        SparseAttentionConfig.from_pretrained(tmp_path)
+    without = replace(found, tables=None)
+    with pytest.raises(FileNotFoundError, match=THRESHOLDS_NAME):
+        without.save_pretrained(tmp_path)
 
 
 def test_tables_of_another_model_are_refused(tmp_path):
@@ -289,10 +294,9 @@ def test_tables_of_another_model_are_refused(tmp_path):
         SparseAttentionConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_name_with_a_path_is_refused(tmp_path):
-    config = SparseAttentionConfig(thresholds_file={"name": "../x", "sha256": "0"})
+def test_a_file_name_with_a_path_is_refused():
     with pytest.raises(ValueError, match="expected a plain file name"):
-        config.load_tables(tmp_path)
+        SparseAttentionConfig(thresholds_file={"name": "../x", "sha256": "0"})
 
 
 def test_model_config_without_settings_has_none():
@@ -300,12 +304,13 @@ def test_model_config_without_settings_has_none():
     assert SparseAttentionConfig.from_model_config(LlamaConfig(sparse_attention_config=3)) is None
 
 
-def test_no_network_for_a_models_config(monkeypatch):
-    """A Hub model whose tables are not cached: settings without tables, and no request."""
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+def test_a_models_settings_without_network(monkeypatch, caplog):
+    """A Hub model whose tables cannot be had: settings without tables, and a warning."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     settings = SparseAttentionConfig(
         method="bsfa", thresholds_file={"name": "x.safetensors", "sha256": "0" * 64}
     )
     config = LlamaConfig(sparse_attention_config=settings.to_dict())
     config._name_or_path = "nobody/no-such-model"
     assert SparseAttentionConfig.from_model_config(config) == settings
+    assert "x.safetensors: expected it in the local cache, or the Hub" in caplog.text

@@ -300,7 +300,8 @@ def test_a_wrapped_model_is_found() -> None:
 
 
 def test_a_peft_model_is_found() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(build(tiny_models.llama), peft.LoraConfig(task_type="CAUSAL_LM"))
     hsa.set_sparse_attention(model, "blasst", threshold_scale_factor=0, min_length=0)
     with hsa.collect_stats(model) as stats:

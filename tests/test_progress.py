@@ -142,7 +142,8 @@ def test_logits_are_not_computed(model):
 
 
 def test_a_model_with_adapters(model):
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     adapted.base_model.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     expected, _ = observed(model)

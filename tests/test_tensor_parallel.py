@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
     return run(model), *ranks
 
 
-@pytest.mark.parametrize("name", ["dense", "blasst", "budget", "bsfa"])
+@pytest.mark.parametrize("name", ["dense", "blasst", "budget", "bsfa", "blasst-by-head"])
 def test_two_ranks_answer_as_one_process(runs, name):
     alone, *ranks = (x[name]["logits"] for x in runs)
     assert torch.equal(*ranks)
@@ -48,7 +48,7 @@ def test_two_ranks_answer_as_one_process(runs, name):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("name", ["blasst", "budget", "bsfa"])
+@pytest.mark.parametrize("name", ["blasst", "budget", "bsfa", "blasst-by-head"])
 def test_the_ranks_heads_skip_as_on_one_process(runs, name, phase):
     alone, *ranks = (x[name]["counts"][phase] for x in runs)
     assert alone.keys() == ranks[0].keys() == {0, 1}
@@ -57,10 +57,19 @@ def test_the_ranks_heads_skip_as_on_one_process(runs, name, phase):
         assert torch.equal(torch.cat([rank[layer] for rank in ranks]), counts)
 
 
-def test_the_heads_differ_so_that_another_ranks_thresholds_would_show(runs):
-    for counts in runs[0]["bsfa"]["counts"]["prefill"].values():
+@pytest.mark.parametrize("name", ["bsfa", "blasst-by-head"])
+def test_the_heads_differ_so_that_another_ranks_thresholds_would_show(runs, name):
+    for counts in runs[0][name]["counts"]["prefill"].values():
         first, second = counts[:2, 1].bool(), counts[2:, 1].bool()
         assert not torch.equal(first, second)
+
+
+def test_ranks_find_the_thresholds_that_they_saved(runs):
+    """By `from_pretrained` alone."""
+    _, *ranks = (x["bsfa"] for x in runs)
+    for rank in ranks:
+        length = rank["reloaded"].shape[1]
+        assert torch.equal(rank["reloaded"], rank["logits"][:, :length])
 
 
 @pytest.mark.parametrize(

@@ -110,14 +110,18 @@ def test_another_model(tmp_path, thresholds):
     ("metadata", "message"),
     [
         ({"schema_version": "3"}, "schema version: expected 1 to 2, found 3; a newer"),
-        ({"schema_version": "x"}, "invalid literal"),
+        ({"schema_version": "x"}, "'schema_version': expected JSON of type int, found x"),
         ({"geometries": "{}"}, r"tensors: expected names of \[\], got \['64x1.decode.T'"),
         (
             {"levels": "[2, 4]"},
             r"expected \[levels=2, layers, heads, blocks\], got \[3, 2, 4, [56]\]",
         ),
         ({"levels": "[4, 2, 8]"}, r"ascending positive integers, got \[4, 2, 8\]"),
-        ({"levels": "{"}, "."),
+        ({"levels": "{"}, r"'levels': expected JSON of type list, found \{"),
+        ({"levels": "[true]"}, "levels: expected an integer >= 1, got True"),
+        ({"geometries": '{"64x1": 3}'}, "geometry: expected a BlockGeometry.*, got 3"),
+        ({"keep_sink": "3"}, "'keep_sink': expected JSON of type bool, found 3"),
+        ({"fingerprint": "[]"}, r"'fingerprint': expected JSON of type dict, found \[\]"),
     ],
 )
 def test_bad_metadata(tmp_path, thresholds, metadata, message):
@@ -132,7 +136,7 @@ def test_no_metadata(tmp_path, thresholds):
     thresholds.save(tmp_path)
     file = tmp_path / THRESHOLDS_NAME
     save_file(load_file(file), file)
-    with pytest.raises(ValueError, match=rf"{THRESHOLDS_NAME}: schema version: .* found none"):
+    with pytest.raises(ValueError, match=rf"{THRESHOLDS_NAME}: .*schema_version.* found none"):
         Thresholds.load(file)
 
 
@@ -157,12 +161,24 @@ def test_nan_in_the_file(tmp_path, thresholds):
             "float32, got torch.float64",
         ),
         ({"64x1.decode.b": torch.full((2, 4), torch.inf)}, "64x1.decode.b: expected finite"),
+        ({"64x1.decode.log_a": torch.full((2, 4), torch.inf)}, "decode.log_a: expected finite"),
         ({"64x1.decode.log_a": torch.zeros(2, 4, 1)}, r"\[layers, heads\], got \[2, 4, 1\]"),
         ({"64x1.prefill.b": torch.zeros(2, 4)}, "expected 64x1.prefill.log_a beside it"),
         ({"64x1.decode": torch.zeros(2, 4)}, r"tensors: .*got \['64x1.decode'\]"),
         ({"32x32.decode.T": torch.zeros(3, 2, 4, 5)}, r"got \['32x32.decode.T'\]"),
     ],
-    ids=["dims", "empty", "heads", "dtype", "infinite", "by-head", "alone", "kind", "geometry"],
+    ids=[
+        "dims",
+        "empty",
+        "heads",
+        "dtype",
+        "infinite",
+        "infinite-a",
+        "by-head",
+        "alone",
+        "kind",
+        "geometry",
+    ],
 )
 def test_bad_tables(thresholds, tensors, message):
     with pytest.raises(ValueError, match=message):

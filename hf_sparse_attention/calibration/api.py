@@ -19,7 +19,6 @@ from hf_sparse_attention.calibration.data import token_samples, without_prefixes
 from hf_sparse_attention.calibration.fitting import fit_blasst
 from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Observations
 from hf_sparse_attention.calibration.prediction import with_predictions
-from hf_sparse_attention.calibration.processes import is_first
 from hf_sparse_attention.calibration.progress import forget, run
 from hf_sparse_attention.calibration.report import write_report
 from hf_sparse_attention.calibration.report_plots import require_matplotlib
@@ -32,6 +31,7 @@ from hf_sparse_attention.config import (
 )
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.fits import Fit
+from hf_sparse_attention.sharding import is_first
 from hf_sparse_attention.thresholds import Thresholds
 from hf_sparse_attention.types import PHASES, BlockGeometry, Phase
 

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from hf_sparse_attention.calibration.observation import Observations
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes files."""
-    return not is_distributed() or dist.get_rank() == 0
-
-
 @dataclass
 class Processes:
     """This process among those of torchrun or `accelerate launch`; alone if there are none.
