@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_sparse_attention_cli import calibrate, inspect, transfer
+from hf_sparse_attention_cli import calibrate, inspect, push, transfer
 
 #: What bad input, missing files, a Hub that refuses and a missing optional package raise.
 REFUSALS = (ValueError, OSError, ImportError)
@@ -75,6 +75,7 @@ _command(
     "calibrate",
     "hf-sparse-attention calibrate org/model --out calibrated --with-model --report",
     "hf-sparse-attention calibrate org/model --out calibrated --max-kl prefill=0.01,decode=0.005",
+    "hf-sparse-attention calibrate org/model --out calibrated --push me/model-sparse --private",
     "hf-sparse-attention calibrate path/to/model --out settings --data notes/ --lengths 2048,8192",
     "hf-sparse-attention calibrate model.gguf --out calibrated --target-sparsity 0.5,0.3,0.7",
 )
@@ -83,6 +84,12 @@ _command(
     "inspect",
     "hf-sparse-attention inspect calibrated",
     "hf-sparse-attention inspect org/model --revision v1 --json | jq .fits",
+)
+_command(
+    push.push,
+    "push",
+    "hf-sparse-attention push calibrated org/model",
+    "hf-sparse-attention push calibrated org/model --with-model --private",
 )
 _command(
     transfer.export,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hf_sparse_attention_cli import loading
+from hf_sparse_attention_cli.push import REPORT_NAME, check_login, push_settings
 from hf_sparse_attention_cli.values import (
     BY_PHASE,
     NUMBERS,
@@ -25,8 +26,6 @@ TEXT, FITTED, LIMITS, LOADING = (
     "Choosing by cost",
     "Loading the model",
 )
-#: The report's file in --out.
-REPORT_NAME = "calibration_report.html"
 
 
 def calibrate(
@@ -208,6 +207,22 @@ def calibrate(
             "--report", help=f"Write {REPORT_NAME} to --out: plots and tables (needs matplotlib)."
         ),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Push what --out gets to this repository of the Hub; made if it is not there.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="For a repository that --push makes.",
+            show_default="as its owner has set",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -217,6 +232,8 @@ def calibrate(
     """
     rows = loading.rows(data, split, samples)
     loading.check_local("--validation", validation)
+    if push is not None:
+        check_login()
     network, tokenizer = loading.load(
         *loading.where(model, gguf_file),
         dtype=dtype,
@@ -258,13 +275,15 @@ def calibrate(
     )
     if not is_first():
         return
+    model_too = {"model": network, "tokenizer": tokenizer} if with_model else {}
     if with_model:
-        network.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        config.save_pretrained(out)
+        config.save_pretrained(out, model=network)
     summary = {"out": str(out), **summarise(type(config).from_pretrained(out))}
     if report:
         summary["report"] = str(out / REPORT_NAME)
+    if push is not None:
+        summary["pushed"] = push_settings(config, push, out, private=private, **model_too)
     if json:
         print_json(summary)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from hf_sparse_attention_cli.transfer import Json, Revision, Source
@@ -33,14 +32,11 @@ def inspect(path_or_repo: Source, revision: Revision = None, json: Json = False)
 
 def _files(source: str, config: Any, revision: str | None) -> dict[str, str]:
     """The sha256 of each file that the settings came from."""
-    from huggingface_hub import hf_hub_download
+    from hf_sparse_attention import storage
 
-    names = ["config.json"]
+    settings, _ = storage.read_settings(source, revision=revision)
+    files = [settings]
     if config.thresholds_file is not None:
-        names.append(config.thresholds_file["name"])
-    found = {}
-    for name in names:
-        local = Path(source, name)
-        file = local if Path(source).is_dir() else hf_hub_download(source, name, revision=revision)
-        found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return found
+        pin = storage.commit_of(settings) or revision
+        files.append(storage.fetch(source, config.thresholds_file["name"], revision=pin))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

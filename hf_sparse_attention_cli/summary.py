@@ -122,7 +122,7 @@ def _facts(summary: dict[str, Any]) -> Table:
     names = (
         *("method", "granularity", "target_sparsity", "threshold_scale_factor"),
         *("max_dropped_mass", "level", "levels", "targets", "ignore", "min_length"),
-        *("fingerprint", "report"),
+        *("fingerprint", "report", "pushed"),
     )
     for name in names:
         value = summary.get(name)

@@ -208,6 +208,40 @@ def test_import_of_bsfa(tmp_path):
     assert refused.exit_code == 1
 
 
+def test_push_then_inspect(hub, model, tmp_path):
+    """Settings and report first, then the model too: each one commit, and both can be read."""
+    result = calibrate(model, tmp_path, "--report", "--push", "owner/model", "--private", "--json")
+    assert result.exit_code == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert hub.repos["owner/model"].private
+    assert made["pushed"]["commit"] == hub.repos["owner/model"].branches["main"]
+    assert {"config.json", THRESHOLDS_NAME, "README.md"} <= set(hub.files("owner/model"))
+    assert b"Calibration report" in hub.files("owner/model")["README.md"]
+
+    seen = json.loads(run("inspect", "owner/model", "--json").stdout)
+    assert seen["fits"] == made["fits"]
+    assert seen["files"][THRESHOLDS_NAME] == seen["thresholds_file"]["sha256"]
+
+    folder = tmp_path / "whole"
+    shutil.copytree(model, folder)
+    SparseAttentionConfig.from_pretrained(tmp_path).save_pretrained(folder)
+    result = run("push", folder, "owner/model", "--with-model", "--revision", "v2")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip().endswith(hub.repos["owner/model"].branches["v2"])
+    loaded = AutoModelForCausalLM.from_pretrained(
+        "owner/model", revision="v2", attn_implementation="bsfa"
+    )
+    loaded(torch.arange(300)[None] % 100)
+
+
+def test_push_without_a_token_is_refused_before_the_work(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    result = run("calibrate", tmp_path / "no-model", "--out", tmp_path, "--push", "owner/model")
+    assert result.exit_code == 1
+    assert "token" in result.stderr.lower()
+
+
 def _damage(folder):
     (folder / "config.json").write_text(json.dumps({"sparse_attention_config": {"a": 1}}))
     return ["inspect", folder]
@@ -273,7 +307,7 @@ def test_every_option_of_calibrate_reaches_it():
     from hf_sparse_attention_cli.calibrate import calibrate as command
 
     loading = "out split dtype device device_map gguf_file revision trust_remote_code"
-    ours = set(f"{loading} fresh with_model quiet json".split())
+    ours = set(f"{loading} fresh with_model push private quiet json".split())
     offered = set(inspect.signature(command).parameters) - ours
     assert offered <= set(inspect.signature(function).parameters)
 
