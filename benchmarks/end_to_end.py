@@ -140,18 +140,21 @@ def main() -> None:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], help="rows of others are kept"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "end_to_end.json")
     args = parser.parse_args()
     threads = torch.get_num_threads()
-    result = {"machine": machine(), "threads": threads, "model": "SmolLM2-135M-Instruct"}
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    dtypes = [f"torch.{name}" for name in args.dtype]
+    rows = [row for row in result.get("rows", []) if row["dtype"] not in dtypes]
+    result |= {"machine": machine(), "threads": threads, "model": "SmolLM2-135M-Instruct"}
     torch.set_num_threads(threads)
-    result["rows"] = [
-        row
-        for name in args.dtype
-        for row in compare(getattr(torch, name), args.length, args.rounds)
-    ]
+    for name in args.dtype:
+        rows += compare(getattr(torch, name), args.length, args.rounds)
+    result["rows"] = rows
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {args.output}")
