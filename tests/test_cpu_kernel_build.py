@@ -262,7 +262,8 @@ def test_inductor() -> None:
 SANITIZED_SCRIPT = """
 import itertools, pathlib, sys, torch, kernels
 
-forward = kernels.get_local_kernel(pathlib.Path(sys.argv[1]), backend="cpu").forward
+kernel = kernels.get_local_kernel(pathlib.Path(sys.argv[1]), backend="cpu")
+forward = kernel.forward
 torch.set_num_threads(2)
 valid = torch.rand(2, 200) < 0.7
 valid[1, :40] = False
@@ -287,6 +288,15 @@ for dtype, size, (block_q, block_k) in itertools.product(dtypes, (33, 64), block
     k[:, :, 0] += 4 * q.mean((0, 1, 2))
     forward(q.to(dtype), k.to(dtype), v.to(dtype), log_lambda=torch.full((1, 1), -1.0), scale=0.5,
             block_q=block_q, block_k=block_k, return_skips=True)
+plan = {"geometries": torch.tensor([[64, 100], [128, 64], [1, 70]]), "eps": torch.rand(3)}
+plan |= {"kept": torch.tensor([[1, 2], [1, 1], [64, 300]]), "group_count": 2, "bins": 50}
+plan |= {"u_min": -9.0, "bins_per_nat": 3.0, "mass_unit": 1e-6, "sample_from": 100}
+for dtype, size, length in itertools.product(dtypes, (33, 64), (1, 67, 267)):
+    q, k, v = (torch.randn(1, n, length, x) for n, x in ((4, size), (2, size), (2, 19)))
+    groups = torch.arange(-(-length // 64))[None] % 2
+    for feature in ({}, {"window": 50}, {"softcap": 3.0}):
+        kernel.observe(q.to(dtype), k.to(dtype), v.to(dtype), None, groups=groups, **feature,
+                       scale=0.5, sample_every=2, **plan)
 print("clean")
 """
 

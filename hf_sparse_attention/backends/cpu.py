@@ -90,3 +90,46 @@ def empty_int8_keys(batch: int, heads: int, length: int, head_size: int) -> Tens
 def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
     """Enters `k` `[B, Hkv, n, D]` into `copy` at `position`, one int64, and behind."""
     getattr(torch.ops, _namespace()).append_int8_keys(k, position, copy)
+
+
+def observe(
+    call: AttentionCall,
+    *,
+    geometries: Tensor,
+    kept: Tensor,
+    keep_sink: bool,
+    groups: Tensor,
+    group_count: int,
+    eps: Tensor,
+    bins: int,
+    u_min: float,
+    bins_per_nat: float,
+    mass_unit: float,
+    sample_from: int,
+    sample_every: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dense attention of an unpadded causal prefill, and what thresholds would do to it.
+
+    Arguments and results as in the kernel's own `observe`, with `out` in q's dtype.
+    """
+    out, *told = getattr(torch.ops, _namespace()).observe(
+        *kernel.one_dtype(call),
+        kernel.float32(call.sinks),
+        call.scale,
+        call.window or 0,
+        call.softcap or 0.0,
+        geometries,
+        kept,
+        keep_sink,
+        groups,
+        group_count,
+        eps,
+        bins,
+        u_min,
+        bins_per_nat,
+        mass_unit,
+        sample_from,
+        sample_every,
+    )
+    prefill, decode, prefill_tops, decode_tops = told
+    return out.to(call.q.dtype), prefill, decode, prefill_tops, decode_tops

@@ -172,20 +172,17 @@ def forward(
     return_dropped_mass: bool = False,
 ) -> AttentionResult:
     """Computes `call` under `rule` with the op in the namespace `ops`, for the backend `name`."""
-    q, k, v = call.q, call.k, call.v
-    if not q.dtype == k.dtype == v.dtype:  # autocast may leave q and k in float32, v in bfloat16
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = one_dtype(call)
     out, lse, counts, skips, dropped_mass = getattr(torch.ops, ops).forward(
         q,
         k,
         v,
         call.key_valid,
         call.q_offset,
-        _float32(call.sinks),
-        _float32(rule.log_lambda),
-        _float32(rule.block_threshold),
-        _float32(rule.max_dropped_mass),
+        float32(call.sinks),
+        float32(rule.log_lambda),
+        float32(rule.block_threshold),
+        float32(rule.max_dropped_mass),
         call.scale,
         call.causal,
         call.window or 0,
@@ -209,5 +206,15 @@ def forward(
     )
 
 
-def _float32(x: Tensor | None) -> Tensor | None:
+def one_dtype(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype: autocast may leave q and k in float32, v in bfloat16."""
+    q, k, v = call.q, call.k, call.v
+    if q.dtype == k.dtype == v.dtype:
+        return q, k, v
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def float32(x: Tensor | None) -> Tensor | None:
+    """`x` in float32, if there is one."""
     return None if x is None else x.to(torch.float32)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.calibration import observation_reference, tallies
+from hf_sparse_attention.calibration import observation_native, observation_reference, tallies
 from hf_sparse_attention.calibration.observation_reference import Observed
 from hf_sparse_attention.calibration.top_blocks import TopBlocks, blocks_by_level
 from hf_sparse_attention.types import ORDERS, PHASES, AttentionCall, BlockGeometry, Phase
@@ -90,14 +90,23 @@ class Observations:
 
     def _look(self, call: AttentionCall) -> Observed:
         geometries = list(self.geometries.values())
-        return observation_reference.observe(call, geometries, self.levels, self.keep_sink)
+        native = [g for g in geometries if observation_native.serves(call, g)]
+        if not native:
+            return observation_reference.observe(call, geometries, self.levels, self.keep_sink)
+        told = observation_native.observe(call, native, self.levels, self.keep_sink)
+        others = [g for g in geometries if g not in native]
+        if others:
+            more = observation_reference.observe(call, others, self.levels, self.keep_sink)
+            told.tallies.update(more.tallies)
+            told.tops.update(more.tops)
+        return told
 
     def _add(self, layer: int, call: AttentionCall, told: Observed) -> None:
         self.heads[layer] = call.q.shape[1]
         for (name, phase, length), counts in told.tallies.items():
             key = (name, phase, layer, length)
-            counts = counts.cpu()
-            self._tallies[key] = self._tallies[key] + counts if key in self._tallies else counts
+            before = self._tallies.get(key)
+            self._tallies[key] = counts.cpu().clone() if before is None else before + counts.cpu()
         if layer < 0 or not self.levels:
             return
         for (name, phase), tops in told.tops.items():

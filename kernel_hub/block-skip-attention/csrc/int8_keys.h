@@ -20,12 +20,6 @@ constexpr float kLargestNorm = 1e18f;
 // To the nearest integer, for |x| < 2^22.
 BSA_INLINE vf nearest(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
-BSA_INLINE float sum_of(vf x) {
-  float sum = 0;
-  for (int j = 0; j < W; ++j) sum += x[j];
-  return sum;
-}
-
 BSA_INLINE int32_t& has_mean(uint8_t* head, int64_t D) {
   return *reinterpret_cast<int32_t*>(head + D * sizeof(float));
 }

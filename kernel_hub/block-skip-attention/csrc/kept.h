@@ -20,6 +20,7 @@ struct Kept {
   int64_t* keys;  // whose scores are in s
   int64_t held = 0;
   alignas(64) float l[kLanes], at[kLanes];  // sum of weights, and the score they are relative to
+  alignas(64) float minus_top[kLanes];      // the weights last added are 2^(s * unit + minus_top)
 
   Kept(const Problem& p_, const Request& rq_, float unit_, int vectors_)
       : p(p_), rq(rq_), unit(unit_), vectors(vectors_) {}
@@ -56,7 +57,6 @@ struct Kept {
   // Adds what is held. `m` are the running maxima.
   void flush(const float* m) {
     rescale(m);
-    alignas(64) float minus_top[kLanes];
     vi huge = {};
     for (int r = 0; r < kLanes; r += W) {
       const vf top = load(at + r), shift = top == -kInf ? vf{} : -top * unit;

@@ -5,6 +5,7 @@
 #include "decode_region.h"
 #include "decode_seed.h"
 #include "decode_values.h"
+#include "observe_row.h"
 #include "tile_bf16.h"
 
 namespace bsa::BSA_LEVEL {
@@ -45,10 +46,19 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
   else
     prefill<FloatEngine<bf16>>(p, b, h, i, scratch);
 }
+static void observe_bf16(const Problem& p, const Observe& o, int64_t kv_head, int64_t i,
+                         char* scratch) {
+  if (Bf16Engine::serves(p.D))
+    observe<Bf16Engine>(p, o, kv_head, i, scratch);
+  else
+    observe<FloatEngine<bf16>>(p, o, kv_head, i, scratch);
+}
 #define BSA_PREFILL_BF16 BSA_LEVEL::prefill_bf16
+#define BSA_OBSERVE_BF16 BSA_LEVEL::observe_bf16
 #define BSA_DOTS_BF16 BSA_LEVEL::Bf16Dots
 #else
 #define BSA_PREFILL_BF16 BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::bf16>>
+#define BSA_OBSERVE_BF16 BSA_LEVEL::observe<BSA_LEVEL::FloatEngine<BSA_LEVEL::bf16>>
 #define BSA_DOTS_BF16 BSA_LEVEL::FloatDots<BSA_LEVEL::bf16>
 #endif
 
@@ -75,6 +85,9 @@ static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char
       BSA_EACH(backward_row),                                               \
       BSA_EACH(backward_key),                                               \
       BSA_EACH(backward_scratch),                                           \
+      {BSA_LEVEL::observe<BSA_LEVEL::FloatEngine<float>>, BSA_OBSERVE_BF16, \
+       BSA_LEVEL::observe<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},         \
+      BSA_LEVEL::observe_bytes,                                             \
   };
 
 }  // namespace bsa::BSA_LEVEL

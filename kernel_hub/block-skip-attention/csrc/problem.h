@@ -152,6 +152,7 @@ struct Problem {
 BSA_PLAIN int64_t partial_width(const Problem& p) { return p.Dv / 16 * 16 + 16; }
 
 struct Backward;  // backward.h
+struct Observe;   // observe.h
 
 // The functions of one level, by element type (index: Dtype).
 struct Level {
@@ -169,6 +170,9 @@ struct Level {
   void (*backward_row[3])(const Backward&, int64_t bh, int64_t task, char* scratch);
   void (*backward_key[3])(const Backward&, int64_t bh, int64_t key);
   size_t (*backward_scratch[3])(const Backward&);
+  void (*observe[3])(const Problem&, const Observe&, int64_t kv_head, int64_t block_row,
+                     char* scratch);
+  size_t (*observe_bytes)(const Problem&, const Observe&);
 };
 
 extern const Level kPortable;

@@ -157,4 +157,10 @@ BSA_INLINE vf tanhv(vf x) {
   return a < 0.3f ? near : far;
 }
 
+BSA_INLINE float sum_of(vf x) {
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += x[i];
+  return sum;
+}
+
 }  // namespace bsa::BSA_LEVEL

@@ -125,6 +125,7 @@ BSA_INLINE void exponentials(float* s, int64_t n, float unit, const float* minus
 template <class T>
 struct FloatEngine {
   using Element = T;
+  static constexpr bool weights_in_place = true;  // whether values() leaves the weights in s
   static bool serves(int64_t) { return true; }
 
   // Q^T from `rows` rows of q; the other lanes are 0. Returns the largest |q|.

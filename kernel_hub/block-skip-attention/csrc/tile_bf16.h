@@ -75,6 +75,7 @@ BSA_INLINE __m512i zip(vf a, vf b) {
 
 struct Bf16Engine {
   using Element = bf16;
+  static constexpr bool weights_in_place = false;
   static bool serves(int64_t D) {
     return D % 2 == 0;
   }  // an odd D has half a pair: left to FloatEngine

@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "int window, float softcap, int block_q, int block_k) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   ops.def("append_int8_keys(Tensor k, Tensor position, Tensor(a!) copy) -> ()");
+  ops.def(
+      "observe(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window, "
+      "float softcap, Tensor geometries, Tensor kept, bool keep_sink, Tensor groups, "
+      "int group_count, Tensor eps, int bins, float u_min, float bins_per_nat, float mass_unit, "
+      "int sample_from, int sample_every) "
+      "-> (Tensor out, Tensor prefill, Tensor decode, Tensor prefill_tops, Tensor decode_tops)");
   ops.def("cpu_level() -> str");
 }
 
@@ -27,6 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("forward", TORCH_BOX(&forward_cpu));
   ops.impl("backward", TORCH_BOX(&backward_cpu));
   ops.impl("append_int8_keys", TORCH_BOX(&append_int8_keys_cpu));
+  ops.impl("observe", TORCH_BOX(&observe_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {

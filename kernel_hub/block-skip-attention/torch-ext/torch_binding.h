@@ -34,5 +34,14 @@ backward_cpu(torch::stable::Tensor dout, std::optional<torch::stable::Tensor> dl
              std::optional<torch::stable::Tensor> sinks, double scale, bool causal, int64_t window,
              double softcap, int64_t block_q, int64_t block_k);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+observe_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v,
+            std::optional<torch::stable::Tensor> sinks, double scale, int64_t window,
+            double softcap, torch::stable::Tensor geometries, torch::stable::Tensor kept,
+            bool keep_sink, torch::stable::Tensor groups, int64_t group_count,
+            torch::stable::Tensor eps, int64_t bins, double u_min, double bins_per_nat,
+            double mass_unit, int64_t sample_from, int64_t sample_every);
+
 // The level of instructions that a call would run on now.
 std::string cpu_level();

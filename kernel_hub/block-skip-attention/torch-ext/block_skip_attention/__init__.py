@@ -17,6 +17,7 @@ __all__ = [
     "cpu_level",
     "empty_int8_keys",
     "forward",
+    "observe",
 ]
 
 ASCENDING, SINK_DIAGONAL, DESCENDING = 0, 1, 2
@@ -134,6 +135,85 @@ def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
     ops.append_int8_keys(k, position, copy)
 
 
+def observe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    geometries: Tensor,
+    kept: Tensor,
+    groups: Tensor,
+    group_count: int,
+    eps: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    keep_sink: bool = True,
+    bins: int,
+    u_min: float,
+    bins_per_nat: float,
+    mass_unit: float,
+    sample_from: int,
+    sample_every: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dense causal attention of one request, and what every threshold would skip of it.
+
+    Block rows are 64 queries, and blocks are visited sink and diagonal first. N geometries, E
+    values of eps, NQ block rows, of which P are complete; other letters as in `forward`.
+
+    Args:
+        q: `[1, Hq, L, D]`.
+        k: `[1, Hkv, L, D]`.
+        v: `[1, Hkv, L, Dv]`.
+        sinks: float32 `[Hq]` or None.
+        geometries: int64 `[N, 2]`: `block_k`, 1 or a multiple of 64, and `split_k`.
+        kept: int64 `[N, levels]`, ascending: how many competing blocks each level keeps.
+        groups: int64 `[1, NQ]`: in which of `group_count` rows a block row's decoding is counted.
+        group_count: rows for decoding.
+        eps: float32 `[E]`, budgets to simulate.
+        scale: as in `forward`.
+        window: as in `forward`.
+        softcap: as in `forward`.
+        keep_sink: block 0 does not compete for `kept`.
+        bins: a block is counted in bin `(gap + ln L - u_min) * bins_per_nat`, at most `bins - 2`,
+            or in the last if its gap is not below 0.
+        u_min: see `bins`.
+        bins_per_nat: see `bins`.
+        mass_unit: what softmax shares are counted in.
+        sample_from: single keys: the budget is simulated in every block row up to this query.
+        sample_every: single keys: beyond it, in one of so many block rows, which counts that often.
+
+    Returns:
+        out: `[1, L, Hq, Dv]`; prefill: int64 `[N, Hq, 2 * bins + 1 + E]`, blocks and their mass by
+        bin, blocks visited and skipped under each eps; decode: int64 `[N, group_count, Hkv, ...]`,
+        the same for the last query of each block row as a decode step; prefill_tops: float32
+        `[N, levels, Hq, P]`, the thresholds that keep just so many blocks, or -inf; decode_tops:
+        `[N, levels, Hkv, P]`.
+    """
+    return ops.observe(
+        q,
+        k,
+        v,
+        sinks,
+        scale,
+        window,
+        softcap,
+        geometries,
+        kept,
+        keep_sink,
+        groups,
+        group_count,
+        eps,
+        bins,
+        u_min,
+        bins_per_nat,
+        mass_unit,
+        sample_from,
+        sample_every,
+    )
+
+
 def cpu_level() -> str:
     """The level of instructions that the next call would use."""
     return ops.cpu_level()
@@ -166,6 +246,20 @@ def _forward_fake(q, k, v, *args):
         q.new_empty((batch, heads, 2), dtype=torch.int64),
         skips,
         q.new_empty(dropped, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake(add_op_namespace_prefix("observe"), allow_override=True)
+def _observe_fake(q, k, v, *args):
+    kept, group_count, eps, bins = args[5], args[8], args[9], args[10]
+    _, heads, length, _ = q.shape
+    (n, levels), kv_heads, width = kept.shape, k.shape[1], 2 * bins + 1 + eps.shape[0]
+    return (
+        q.new_empty((1, length, heads, v.shape[3])),
+        q.new_empty((n, heads, width), dtype=torch.int64),
+        q.new_empty((n, group_count, kv_heads, width), dtype=torch.int64),
+        q.new_empty((n, levels, heads, length // 64), dtype=torch.float32),
+        q.new_empty((n, levels, kv_heads, length // 64), dtype=torch.float32),
     )
 
 
