@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("cpu_kernel")
 ROOT = Path(__file__).parents[1]
 BUILDER = ROOT / "kernel_hub" / "build.py"
 REPO = ROOT / "kernel_hub" / "block-skip-attention"
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
 def variant() -> Path:
@@ -259,52 +260,9 @@ def test_inductor() -> None:
     torch.testing.assert_close(torch.compile(attend, fullgraph=True)(q, k), attend(q, k))
 
 
-SANITIZED_SCRIPT = """
-import itertools, pathlib, sys, torch, kernels
-
-kernel = kernels.get_local_kernel(pathlib.Path(sys.argv[1]), backend="cpu")
-forward = kernel.forward
-torch.set_num_threads(2)
-valid = torch.rand(2, 200) < 0.7
-valid[1, :40] = False
-rules = [
-    {},
-    {"log_lambda": torch.full((1, 1), -2.0)},
-    {"block_threshold": torch.zeros(1, 4, 1), "max_dropped_mass": torch.full((1, 1), 0.1)},
-]
-features = [{}, {"key_valid": valid, "window": 50}, {"softcap": 3.0, "sinks": torch.zeros(4)}]
-dtypes = [torch.float32, torch.bfloat16, torch.float16]
-blocks = [(64, 64), (64, 128), (64, 1), (7, 8)]
-cases = itertools.product(dtypes, (33, 64), (67, 3), rules, features, blocks)
-for dtype, size, q_len, rule, feature, (block_q, block_k) in cases:
-    # Each tensor ends where its memory ends.
-    q, k, v = (torch.randn(2, *x) for x in ((4, q_len, size), (2, 200, size), (2, 200, 19)))
-    k[:, :, 0] += 2 * q.mean((0, 1, 2))
-    forward(q.to(dtype), k.to(dtype), v.to(dtype), **rule, **feature, scale=0.5, split_k=64,
-            block_q=block_q, block_k=block_k, return_skips=True, return_dropped_mass=True)
-# Long enough for the int8 filter, which stays out of calls that want the certificate.
-for dtype, size, (block_q, block_k) in itertools.product(dtypes, (33, 64), blocks):
-    q, k, v = (torch.randn(1, n, 267, x) for n, x in ((2, size), (1, size), (1, 19)))
-    k[:, :, 0] += 4 * q.mean((0, 1, 2))
-    forward(q.to(dtype), k.to(dtype), v.to(dtype), log_lambda=torch.full((1, 1), -1.0), scale=0.5,
-            block_q=block_q, block_k=block_k, return_skips=True)
-plan = {"geometries": torch.tensor([[64, 100], [128, 64], [1, 70]]), "eps": torch.rand(3)}
-plan |= {"kept": torch.tensor([[1, 2], [1, 1], [64, 300]]), "group_count": 2, "bins": 50}
-plan |= {"u_min": -9.0, "bins_per_nat": 3.0, "mass_unit": 1e-6, "sample_from": 100}
-for dtype, size, length in itertools.product(dtypes, (33, 64), (1, 67, 267)):
-    q, k, v = (torch.randn(1, n, length, x) for n, x in ((4, size), (2, size), (2, 19)))
-    groups = torch.arange(-(-length // 64))[None] % 2
-    for feature in ({}, {"window": 50}, {"softcap": 3.0}):
-        kernel.observe(q.to(dtype), k.to(dtype), v.to(dtype), None, groups=groups, **feature,
-                       scale=0.5, sample_every=2, **plan)
-print("clean")
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["best", "avx2", "portable"])
-def test_sanitizers(level: str) -> None:
-    """Address and undefined-behaviour sanitizers over all features, on small shapes."""
+def test_sanitizers() -> None:
+    """Address and undefined-behaviour sanitizers over all features, levels, and both directions."""
     output = REPO / ".build" / "sanitized"
     done = build("--variant", "cpu", "--sanitize", "--output", str(output))
     assert done.returncode == 0, done.stderr
@@ -321,14 +279,13 @@ def test_sanitizers(level: str) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself is not free of leaks
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    if level != "best":
-        environment["HF_SPARSE_ATTENTION_CPU_LEVEL"] = level
     done = subprocess.run(
-        [sys.executable, "-c", SANITIZED_SCRIPT, str(built)],
+        [sys.executable, str(ROOT / "tests" / "sanitized_calls.py"), str(built), *LEVELS],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "clean"
+    here = LEVELS[: LEVELS.index(cpu.load_kernel().cpu_level()) + 1]
+    assert done.stdout.splitlines() == [f"{level} ran" for level in here]
     assert "runtime error" not in done.stderr
