@@ -7,6 +7,7 @@ STAMP := $(VENV)/.setup-done
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 # Threads that wait for each other sleep instead of spinning. On a busy machine spinning threads take
 # the cores from the ones they wait for: measured, decoding fell from 20 to 1 tokens a second.
@@ -55,8 +56,9 @@ bench: setup  ## the benchmarks that run on a CPU
 	$(BIN)/python -m benchmarks.cpu_attention $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.decode
 
-gpu-check:  ## what to run on a machine with a GPU
-	$(PYTHON) benchmarks/gpu_check.py
+# Not in .venv: it takes the torch and Triton that the machine has, as a fresh one has no internet.
+gpu-check:  ## on a machine with a GPU: prove the Triton kernels right, then time them; 9 minutes
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 wheel: setup  ## a wheel with the native kernel in it, in dist/
 	$(BIN)/python -m build --wheel

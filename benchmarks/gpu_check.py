@@ -1,136 +1,160 @@
-"""What `make gpu-check` runs on a machine with a GPU: correctness first, JSON under $OUT.
+"""`make gpu-check`: the Triton backend on the GPU of this machine, proven right and then timed.
 
-The package has no GPU kernel yet. Until it has, this checks what runs on a GPU today: the reference
-backend and the dense one, and a model under "blasst", each against float64 on the CPU. Timings will
-stand here once there is a kernel to time; a slow reference is not worth a number.
+    python benchmarks/gpu_check.py [--seconds 520] [--time-anyway] [--emulate]
+
+One command for a fresh machine: needs Python, torch, Triton and transformers, no internet and no
+compiler but Triton's. It puts up the universal variant, checks small shapes against the float64
+oracle of the tests and large ones against float64 on the device, runs compute-sanitizer where there
+is one, and times against SDPA (flash, cuDNN) and FlexAttention. Everything on the GPU runs in child
+processes, each case within a time limit: a hang or a fault costs its case and no more. If something
+is wrong, nothing is timed (but with --time-anyway, which the result then says).
+
+The result is gpu_check.json in the folder $OUT, else in benchmarks/results; it is written again
+after every stage. The exit status is 0 only if all that ran was right. `--emulate` runs tiny cases
+on the CPU, interpreted: a rehearsal of this script, not a measurement.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import time
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers import __version__ as transformers_version
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from hf_sparse_attention import (
-    SkipRule,
-    available_backends,
-    block_skip_attention,
-    collect_stats,
-    set_sparse_attention,
-)
+from benchmarks.gpu_children import Row, run_cases, run_sanitizer  # noqa: E402
 
-FEATURES = {
-    "plain": {},
-    "window": {"window": 100},
-    "softcap": {"softcap": 5.0},
-    "padded": {"key_valid": torch.arange(300)[None].expand(2, -1) > torch.tensor([[7], [90]])},
-}
-RULES = {"never": SkipRule.never(), "blasst": SkipRule.blasst(0.3), "budget": SkipRule.budget(0.1)}
+TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-def attention_errors(device: torch.device) -> list[dict]:
-    """The reference and dense backends on `device` against float64 on the CPU.
+def last_line(*command: str) -> str | None:
+    """The last line that a command prints, or None where it is missing, fails or is silent."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if done.returncode == 0 and lines else None
 
-    The tolerance is four times the error that float32 itself makes on the CPU.
-    """
-    q, k, v = (torch.randn(2, heads, 300, 64, dtype=torch.float64) for heads in (4, 2, 2))
+
+def provenance() -> dict[str, Any]:
+    """Of what, and on what, the numbers are."""
+    packages = ("torch", "triton", "transformers", "kernels", "numpy")
+    installed = {x.name.lower(): x.version for x in metadata.distributions()}
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    (built,) = ROOT.glob("kernel_hub/block-skip-attention/build/torch-universal/metadata.json")
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": last_line("git", "rev-parse", "HEAD"),
+        "changed": bool(last_line("git", "status", "--porcelain", "--untracked-files=no")),
+        "kernel": json.loads(built.read_text())["id"],
+        "gpu": last_line(*query),
+        "nvcc": last_line("nvcc", "--version"),
+        "python": platform.python_version(),
+        "versions": {name: installed.get(name) for name in packages},
+    }
+
+
+def is_gpu_there() -> bool:
+    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def check(
+    result: dict[str, Any], deadline: float, path: Path, *, emulate: bool, time_anyway: bool
+) -> None:
+    """All stages, each adding its rows to `result`."""
+    options = ["--device", "cpu", "--most", "1"] if emulate else []
+
+    def left(share: float = 1.0) -> float:
+        return time.monotonic() + share * (deadline - time.monotonic())
+
+    def keep(name: str, rows: list[Row]) -> None:
+        result[name] = rows
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        temporary.replace(path)
+        for row in rows:
+            print_row(row)
+
+    keep("correctness", run_cases(["small", "large"], options, case_limit=60, deadline=left(0.4)))
     rows = []
-    for feature, options in FEATURES.items():
-        for name, rule in RULES.items():
-            exact = block_skip_attention(q, k, v, rule=rule, backend="reference", **options).out
-            single = [x.float() for x in (q, k, v)]
-            cpu = block_skip_attention(*single, rule=rule, backend="reference", **options).out
-            there = [x.to(device) for x in single]
-            moved = {n: x.to(device) if torch.is_tensor(x) else x for n, x in options.items()}
-            for backend in ("reference", "dense") if name == "never" else ("reference",):
-                rule_there = SkipRule(
-                    *(
-                        None if x is None else x.to(device)
-                        for x in (rule.log_lambda, rule.block_threshold, rule.max_dropped_mass)
-                    )
-                )
-                got = block_skip_attention(*there, rule=rule_there, backend=backend, **moved).out
-                error = (got.cpu().double() - exact).abs().max().item()
-                allowed = 4 * (cpu.double() - exact).abs().max().item() + 1e-7
-                rows.append(
-                    {
-                        "feature": feature,
-                        "rule": name,
-                        "backend": backend,
-                        "max_abs_error": error,
-                        "allowed": allowed,
-                        "ok": error <= allowed,
-                    }
-                )
-    return rows
+    for tool in TOOLS:
+        if emulate or shutil.which("compute-sanitizer") is None:
+            reason = "emulated" if emulate else "compute-sanitizer is not installed"
+            rows.append({"name": tool, "left_out": reason})
+        else:
+            rows.append(run_sanitizer(tool, limit=min(70.0, left(0.25) - time.monotonic())))
+    keep("sanitizer", rows)
+    result["timing_in_spite_of_errors"] = time_anyway and bool(wrong(result))
+    if wrong(result) and not time_anyway:
+        result["timing"] = "not taken: something is wrong"
+        return
+    groups = ["prefill", "decode", "training"]
+    keep("timing", run_cases(groups, options, case_limit=120, deadline=left()))
 
 
-@torch.inference_mode()
-def model_errors(device: torch.device) -> list[dict]:
-    """A small Llama under "blasst" against eager, and what it skips under a budget."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager").to(device).eval()
-    ids = torch.randint(256, (2, 700), device=device)
-    mask = torch.ones_like(ids)
-    mask[0, :200] = 0
-    eager = model(ids, attention_mask=mask).logits
-    set_sparse_attention(model, "blasst", threshold_scale_factor=0.0, min_length=0)
-    dense = model(ids, attention_mask=mask).logits
-    error = (dense - eager)[mask.bool()].abs().max().item()
-    set_sparse_attention(model, "blasst", max_dropped_mass=0.3, min_length=0)
-    with collect_stats(model) as stats:
-        model(ids, attention_mask=mask)
-    allowed = 1e-4 * eager.abs().max().item()
-    return [
-        {
-            "model": "Llama",
-            "max_abs_error": error,
-            "allowed": allowed,
-            "ok": error <= allowed,
-            "budget_sparsity": stats.sparsity("prefill"),
-        }
-    ]
+def wrong(result: dict[str, Any]) -> list[Row]:
+    """The rows that are not right; what was not run is neither right nor wrong."""
+    stages = [x for x in result.values() if isinstance(x, list)]
+    return [row for rows in stages for row in rows if row.get("ok") is False]
+
+
+def print_row(row: Row) -> None:
+    if "left_out" in row:
+        print(f"--    {row['name']}: {row['left_out']}")
+        return
+    shown = {n: x for n, x in row.items() if n not in ("ok", "name", "group", "contestants")}
+    print("ok   " if row["ok"] else "WRONG", row["name"], json.dumps(shown), flush=True)
+
+
+def print_times(rows: list[Row]) -> None:
+    for row in rows:
+        print(f"\n{row['name']}")
+        for name, reason in row.get("unable", {}).items():
+            print(f"  {name:26s} unable: {reason}")
+        for name, x in row.get("contestants", {}).items():
+            work = (x["tflops"], "TFLOP/s") if "tflops" in x else (x["gbytes_per_s"], "GB/s")
+            share = f"{x['sparsity']:6.1%} skipped" if "sparsity" in x else ""
+            print(
+                f"  {name:26s}{x['seconds'] * 1e3:10.3f} ms{work[0]:8.0f} {work[1]:7s}"
+                f"{x['speedup_over_best_peer']:7.2f} x  {share}"
+            )
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=520.0, help="for everything together")
+    parser.add_argument("--emulate", action="store_true", help="tiny cases, on the CPU")
+    parser.add_argument("--time-anyway", action="store_true", help="even if something is wrong")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    if not args.emulate and not is_gpu_there():
         sys.exit("gpu-check: expected a CUDA device, found none; `make test` needs none")
-    # Errors are compared with float32's own: TF32 would be another precision.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    result = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "backends": available_backends(),
-        "attention": attention_errors(device),
-        "model": model_errors(device),
-    }
-    folder = Path(os.environ.get("OUT", "benchmarks/results"))
+    os.environ["TRITON_INTERPRET"] = "1" if args.emulate else "0"
+    builder = [sys.executable, str(ROOT / "kernel_hub/build.py"), "--variant", "universal"]
+    subprocess.run(builder, check=True)
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gpu_check.json"
+    result: dict[str, Any] = {"emulated": args.emulate, **provenance()}
+    check(result, deadline, path, emulate=args.emulate, time_anyway=args.time_anyway)
+    failed = wrong(result)
+    result["right"] = not failed
     path.write_text(json.dumps(result, indent=2) + "\n")
-    rows = [*result["attention"], *result["model"]]
-    for row in rows:
-        print("ok  " if row["ok"] else "FAIL", json.dumps(row))
-    print(f"{sum(r['ok'] for r in rows)} of {len(rows)} right; wrote {path}")
-    sys.exit(not all(row["ok"] for row in rows))
+    if isinstance(result["timing"], list):
+        print_times(result["timing"])
+    print(f"\n{len(failed)} wrong; wrote {path}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

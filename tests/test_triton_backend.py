@@ -58,9 +58,9 @@ def test_gradients(name: str) -> None:
     gradient_checks.check(call, SQUARE, result, gradients, dout, dlse)
 
 
-@pytest.mark.parametrize("q_len", [70, 2])
+@pytest.mark.parametrize("q_len", [20, 2])
 def test_opcheck(q_len: int) -> None:
-    call = make_call(q_len=q_len, kv_len=100, head_size=16, with_sinks=True)
+    call = make_call(q_len=q_len, kv_len=40, head_size=16, with_sinks=True)
     tensors = gradient_checks.inputs_of(call)
     op = getattr(torch.ops, triton._namespace()).forward.default
     rule = (torch.full((1, 1), -1.0), None, torch.full((1, 1), 0.1))

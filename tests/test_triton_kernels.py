@@ -191,6 +191,19 @@ def test_lambda_of_one_never_drops_the_largest() -> None:
     check(call, rule, geometry, run(call, rule, geometry))
 
 
+@pytest.mark.parametrize("rule", ["blasst", "bsfa", "budget"])
+@pytest.mark.parametrize("q_len", [100, 1], ids=["prefill", "decode"])
+def test_nan_is_never_skipped(rule: str, q_len: int) -> None:
+    call = make_call(q_len=q_len, kv_len=140)
+    call.k[:, :, 40] = torch.nan
+    geometry = BlockGeometry(32, 32)
+    result = run(call, RULES[rule], geometry)
+    assert result.skips is not None
+    assert not unpack_bits(result.skips, 5)[..., 1].any()
+    # Rows that see key 40: all of them, as the query rows are the last ones.
+    assert result.out[:, -1].isnan().all()
+
+
 def test_what_is_not_asked_for_changes_nothing() -> None:
     call = make_call()
     geometry = BlockGeometry(32, 32)

@@ -29,8 +29,10 @@ COMMON = {
     "stride_qd": 1,
     "stride_kd": 1,
     "stride_vd": 1,
-    # Not given: only BLASST's rule is compiled in.
+    # Not given: an unpadded call, and only BLASST's rule.
     "valid_ptr": None,
+    "request_ptr": None,
+    "splits_ptr": None,
     "sinks_ptr": None,
     "threshold_ptr": None,
     "eps_ptr": None,
@@ -43,7 +45,7 @@ CONSTANTS = {
     "join": {"VALUE_SIZE": 128, "PADDED_VALUE": 128, "PADDED_SPLITS": 64}
     | {"sinks_ptr": None, "dropped_ptr": None},
 }
-TYPES = {"request_ptr": "*i32", "splits_ptr": "*i32", "counts_ptr": "*i32", "skipped_ptr": "*i32"}
+TYPES = {"counts_ptr": "*i32"}
 TYPES |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
 TYPES |= {"scale": "fp32", "softcap": "fp32"}
 

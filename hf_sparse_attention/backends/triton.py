@@ -19,6 +19,7 @@ GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128")
 PREFERRED = ("64x64", "64x128")  # smaller blocks: more of them can be skipped
 
 MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE_FLOAT32 = 128  # larger blocks do not fit into a GPU's shared memory
 _MAX_GRID = 65535  # programs along the second and third dimension of a launch
 
 
@@ -55,6 +56,9 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
         return f"q lies on {device}, not on a GPU that Triton compiles for"
     if call.q.shape[0] > _MAX_GRID:
         return f"batches are launched up to {_MAX_GRID}, not {call.q.shape[0]}"
+    is_float32 = torch.float32 in (call.q.dtype, call.k.dtype, call.v.dtype)
+    if is_float32 and not is_interpreted():
+        return kernel.unserved(call, MAX_HEAD_SIZE_FLOAT32)
     return kernel.unserved(call, MAX_HEAD_SIZE)
 
 

@@ -16,7 +16,7 @@ class BlockSkipAttention(Benchmark):
 
     def setup_prefill(self) -> None:
         """1024 queries and keys."""
-        self.q, self.k, self.v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
+        self.q, self.k, self.v = (torch.randn(1, 8, 1024, 64, device=self.device) for _ in range(3))
 
     def benchmark_prefill(self) -> None:
         """One call."""
@@ -29,8 +29,8 @@ class BlockSkipAttention(Benchmark):
 
     def setup_decode(self) -> None:
         """One query, 8192 keys, two key/value heads."""
-        self.q = torch.randn(1, 8, 1, 64)
-        self.k, self.v = torch.randn(1, 2, 8192, 64), torch.randn(1, 2, 8192, 64)
+        self.q = torch.randn(1, 8, 1, 64, device=self.device)
+        self.k, self.v = (torch.randn(1, 2, 8192, 64, device=self.device) for _ in range(2))
 
     def benchmark_decode(self) -> None:
         """One call."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .transformers_attention import flash_attn_forward, supports_flash_attn
 
 __all__ = [
     "ASCENDING",
@@ -16,8 +17,10 @@ __all__ = [
     "append_int8_keys",
     "cpu_level",
     "empty_int8_keys",
+    "flash_attn_forward",
     "forward",
     "observe",
+    "supports_flash_attn",
 ]
 
 ASCENDING, SINK_DIAGONAL, DESCENDING = 0, 1, 2

@@ -1,10 +1,11 @@
 """Block-skipping attention in Triton: for every GPU that has no compiled variant.
 
 `prefill.py`, `decode.py` and `backward.py` hold the kernels, `rules.py` what they share, and
-`launch.py` starts them. Under TRITON_INTERPRET=1 they run on the CPU, slowly, which is how they are
-tested without a GPU.
+`launch.py` and `launch_backward.py` start them. Under TRITON_INTERPRET=1 they run on the CPU,
+slowly, which is how they are tested without a GPU.
 """
 
-from .launch import backward, forward, refusal
+from .launch import forward, refusal
+from .launch_backward import backward
 
 __all__ = ["backward", "forward", "refusal"]

@@ -10,17 +10,15 @@ a softcap multiplies it by 1 - (s / softcap)^2.
 import triton
 import triton.language as tl
 
-from .rules import block_scores, dot, is_visible, narrow
+from .rules import block_scores, dot, is_visible, narrow, span
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def row_range(request_ptr, batch, q_len, CAUSAL: tl.constexpr):
+def row_range(request_ptr, batch, q_len, kv_len, CAUSAL: tl.constexpr):
     """First valid key, number of keys, column of row 0 (from the first key), first row."""
-    first = tl.load(request_ptr + batch * 3)
-    keys = tl.load(request_ptr + batch * 3 + 1) - first
-    offset = tl.load(request_ptr + batch * 3 + 2) - first
+    first, keys, offset = span(request_ptr, batch, q_len, kv_len)
     first_row = 0
     if CAUSAL:
         first_row = tl.minimum(tl.maximum(-offset, 0), q_len)
@@ -117,7 +115,7 @@ def dq_kernel(
     row_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)  # a head's first element may lie beyond 2^31
     batch = tl.program_id(2).to(tl.int64)
-    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
+    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, kv_len, CAUSAL)
     start = first_row + row_block * BLOCK_Q
     if start < q_len:
         rows = start + tl.arange(0, BLOCK_Q)
@@ -255,7 +253,7 @@ def dkv_kernel(
     block = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, CAUSAL)
+    first, keys, offset, first_row = row_range(request_ptr, batch, q_len, kv_len, CAUSAL)
     begin = block * BLOCK_K
     if begin < keys:
         column = begin + tl.arange(0, BLOCK_K)

@@ -9,7 +9,17 @@ splits.
 import triton
 import triton.language as tl
 
-from .rules import agrees_to_skip, block_scores, dot, is_visible, narrow, update_dropped
+from .rules import (
+    agrees_to_skip,
+    block_max,
+    block_scores,
+    dot,
+    is_visible,
+    larger,
+    narrow,
+    span,
+    update_dropped,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -21,14 +31,14 @@ def decode_kernel(
     k_ptr,
     v_ptr,
     valid_ptr,  # bool [B, Lk] or none
-    request_ptr,  # int32 [B, 3]: first valid key, end of valid keys, column of query row 0
-    splits_ptr,  # int32 [B, Lq]: how many splits have a visible block besides the seed
+    request_ptr,  # int32 [B, 3] or none, see `span`
+    splits_ptr,  # int32 [B, Lq], how many splits see a block besides the seed; none without holes
     log_lambda_ptr,  # float32 [B|1, Hq|1] or none
     threshold_ptr,  # float32 [B|1, Hq|1, Lq|1] or none
     eps_ptr,  # float32 [B|1, Hq|1] or none
     acc_ptr,  # float32 [B, Hq, Lq, S, Dv]
     sums_ptr,  # float32 [B, Hq, Lq, S, 4]: m, l, top, c of the split
-    skipped_ptr,  # int32 [B, Hkv, Lq, S]
+    counts_ptr,  # int32 [B, Hkv, Lq, S, 2]: visited, skipped
     skips_ptr,  # int8 [B, Hkv, Lq, NK] or none
     scale,
     softcap,
@@ -79,10 +89,7 @@ def decode_kernel(
     batch = tl.program_id(2).to(tl.int64)
     heads = kv_heads * group
 
-    first = tl.load(request_ptr + batch * 3)
-    keys = tl.load(request_ptr + batch * 3 + 1) - first
-    offset = tl.load(request_ptr + batch * 3 + 2) - first
-    splits = tl.load(splits_ptr + batch * q_len + row)
+    first, keys, offset = span(request_ptr, batch, q_len, kv_len)
     # Decisions are numbered from the first row that may see a key.
     vote = row
     if CAUSAL:
@@ -122,11 +129,21 @@ def decode_kernel(
     low = 0
     high = tl.cdiv(keys, BLOCK_K)
     newest = -1  # the block on the diagonal
-    if HAS_WINDOW:
-        low = tl.maximum(here - window + 1, 0) // BLOCK_K
     if CAUSAL:
         high = tl.where(here < 0, 0, tl.minimum(high, here // BLOCK_K + 1))
         newest = here // BLOCK_K
+    if HAS_WINDOW:
+        oldest = tl.maximum(here - window + 1, 0)
+        low = tl.where(oldest < keys, oldest // BLOCK_K, high)
+
+    # How many splits there are to share the seed's sum among.
+    splits = 1
+    if splits_ptr is not None:
+        splits = tl.load(splits_ptr + batch * q_len + row)
+    elif ORDER == 1:
+        begin = tl.maximum(low, 1)
+        stop = tl.where(newest == high - 1, newest, high)
+        splits = tl.where(stop > begin, tl.cdiv(stop, split_blocks) - begin // split_blocks, 1)
 
     m = tl.full([PADDED_GROUP], -float("inf"), tl.float32)
     l = tl.zeros([PADDED_GROUP], tl.float32)
@@ -134,6 +151,7 @@ def decode_kernel(
     acc = tl.zeros([PADDED_GROUP, PADDED_VALUE], tl.float32)
     top = tl.full([PADDED_GROUP], -float("inf"), tl.float32)
     c = tl.zeros([PADDED_GROUP], tl.float32)
+    visited = 0
     skipped = 0
 
     # The seed first (steps 0 and 1), then the blocks of this split, ascending (or descending).
@@ -165,8 +183,8 @@ def decode_kernel(
                 position, column, inside, valid_ptr, valid_at, window, CAUSAL, HAS_WINDOW
             )
             s = block_scores(q, k, visible & real[:, None], scale, softcap, HAS_SOFTCAP)
-            m_new = tl.max(s, 1)
-            seen = tl.max(m_new, 0) > -float("inf")
+            m_new = block_max(s, 1)
+            seen = (block_max(m_new, 0) == -float("inf")) == 0  # NaN is seen
             c_then, top_then = update_dropped(c, top, m_new, BLOCK_K)
             agrees = agrees_to_skip(
                 m_new,
@@ -187,6 +205,7 @@ def decode_kernel(
                 if KEEP_SINK:
                     must_keep = must_keep | (block == 0)
             skip = seen & (tl.min((agrees | (real == 0)).to(tl.int32), 0) > 0) & (must_keep == 0)
+            visited += (seen & ((is_seed == 0) | (split == 0))).to(tl.int32)
             skipped += skip.to(tl.int32)
             if skips_ptr is not None:
                 at = ((batch * kv_heads + kv_head) * q_len + vote) * n_blocks + block
@@ -220,7 +239,7 @@ def decode_kernel(
                     c > 0.0, c * tl.exp2((top - tl.maximum(top, m_new)) * LOG2_E), 0.0
                 )
                 c = tl.where(skip, c_then, rescaled)
-            top = tl.maximum(top, m_new)
+            top = larger(top, m_new)
 
     if split == 0:
         l += base * splits.to(tl.float32)
@@ -234,7 +253,12 @@ def decode_kernel(
     tl.store(sums_ptr + at * 4 + 1, l, mask=real)
     tl.store(sums_ptr + at * 4 + 2, top, mask=real)
     tl.store(sums_ptr + at * 4 + 3, c, mask=real)
-    tl.store(skipped_ptr + ((batch * kv_heads + kv_head) * q_len + row) * n_splits + split, skipped)
+    at = (((batch * kv_heads + kv_head) * q_len + row) * n_splits + split) * 2
+    counted = here == here
+    if CAUSAL:  # positions after the last valid key are padding
+        counted = here < keys
+    tl.store(counts_ptr + at, tl.where(counted, visited, 0))
+    tl.store(counts_ptr + at + 1, tl.where(counted, skipped, 0))
 
 
 @triton.jit
@@ -265,7 +289,7 @@ def join_kernel(
     l = tl.load(sums_ptr + at * 4 + 1, mask=real, other=0.0)
     top = tl.load(sums_ptr + at * 4 + 2, mask=real, other=-float("inf"))
 
-    sees = tl.max(top, 0) > -float("inf")
+    sees = (block_max(top, 0) == -float("inf")) == 0
     largest = tl.max(m, 0)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head)

@@ -1,4 +1,9 @@
-"""From tensors to launches: `forward` in Triton, with the same arguments as the compiled op."""
+"""From tensors to launches: `forward` in Triton, with the same arguments as the compiled op.
+
+An unpadded call costs a launch or two beside the kernels. Nothing waits for the GPU or looks at a
+value there, and what is allocated depends on shapes only, so that a call can be captured in a CUDA
+graph once it has run.
+"""
 
 import math
 
@@ -6,14 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .backward import dkv_kernel, dq_kernel
 from .decode import decode_kernel, join_kernel
 from .prefill import prefill_kernel
+from .requests import DECODE_MAX_QUERIES, requests, strides
 from .rules import INTERPRETED
+from .start import start
 
-DECODE_MAX_QUERIES = 8
 SINK_DIAGONAL = 1
-LARGEST_LOG_LAMBDA = math.log(1.0 - 2.0**-24)
 
 
 def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
@@ -22,8 +26,10 @@ def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
         return "expected tensors on a GPU (or TRITON_INTERPRET=1, for tests), got cpu"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"expected float32, bfloat16 or float16, got {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"expected head sizes up to 256, got {q.shape[-1]} and {v.shape[-1]}"
+    largest = 128 if q.dtype == torch.float32 and not INTERPRETED.value else 256
+    if max(q.shape[-1], v.shape[-1]) > largest:  # else blocks do not fit into shared memory
+        sizes = f"{q.shape[-1]} and {v.shape[-1]}"
+        return f"expected head sizes up to {largest}, got {sizes}, in {q.dtype}"
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block not in (16, 32, 64, 128):
             return f"{name}: expected 16, 32, 64 or 128, got {block}"
@@ -61,8 +67,6 @@ def forward(
     request = requests(q, k, key_valid, q_offset)
     if key_valid is not None:
         key_valid = key_valid.contiguous()
-    if log_lambda is not None:
-        log_lambda = log_lambda.clamp(max=LARGEST_LOG_LAMBDA)
     rule = (log_lambda, block_threshold, max_dropped_mass)
     shape = dict(
         scale=scale,
@@ -100,17 +104,22 @@ def _prefill(
     batch, heads, q_len, _ = q.shape
     n_rows = triton.cdiv(q_len, block_q)
     n_blocks = triton.cdiv(k.shape[2], shape["BLOCK_K"])
-    padded = key_valid is not None or q_len > k.shape[2]
-    make = torch.zeros if padded or shape["CAUSAL"] else torch.empty
+    # Padding, and queries before the first key, leave rows that no program writes.
+    written = request is None and 0 < q_len <= k.shape[2] and q.numel() > 0
+    make = torch.empty if written else torch.zeros
     out = make((batch, q_len, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = q.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
-    counts = q.new_zeros((batch, heads, n_rows, 2), dtype=torch.int32)
+    lse = make((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    if not written:
+        lse.fill_(-math.inf)
+    counts = make((batch, heads, n_rows, 2), dtype=torch.int32, device=q.device)
     skips = (
         q.new_zeros((batch, heads, n_rows, n_blocks), dtype=torch.int8) if return_skips else None
     )
     dropped = torch.zeros_like(lse) if shape["WANTS_DROPPED"] else None
     if q.numel() and k.numel():
-        prefill_kernel[(n_rows, heads, batch)](
+        start(
+            prefill_kernel,
+            (n_rows, heads, batch),
             q,
             k,
             v,
@@ -130,7 +139,8 @@ def _prefill(
             BLOCK_Q=block_q,
             **shape,
         )
-    return _results(out, lse, counts.sum(2), skips, dropped, return_dropped_mass)
+    counts = counts.sum(2, dtype=torch.int64)
+    return _results(out, lse, counts, skips, dropped, return_dropped_mass)
 
 
 def _decode(
@@ -144,33 +154,23 @@ def _decode(
     sink_diagonal = shape["ORDER"] == SINK_DIAGONAL
     split_blocks = max(1, split_k // block_k) if sink_diagonal else n_blocks
     n_splits = max(1, triton.cdiv(n_blocks, split_blocks))
-    seen = _blocks_seen(q_len, kv_len, key_valid, request, shape)  # [B, Lq, NK]
-    rest = seen.clone()
-    if sink_diagonal:
-        rest[..., 0] = False
-        if shape["CAUSAL"]:
-            row = torch.arange(q_len, device=q.device)
-            newest = torch.div(
-                request[:, 2:] - request[:, :1] + row, block_k, rounding_mode="floor"
-            )
-            block = torch.arange(n_blocks, device=q.device)
-            rest &= block != newest[..., None]
-    padding = n_splits * split_blocks - n_blocks
-    rest = torch.nn.functional.pad(rest, (0, padding)).unflatten(-1, (n_splits, split_blocks))
-    splits = rest.any(-1).sum(-1, dtype=torch.int32).clamp(min=1)
-
+    splits = None
+    if key_valid is not None:  # which may have holes as large as a split
+        splits = _splits(q_len, kv_len, key_valid, request, shape, n_splits, split_blocks)
     out = torch.empty((batch, q_len, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = q.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
     partial = (batch, heads, q_len, n_splits)
     acc = q.new_empty((*partial, v.shape[-1]), dtype=torch.float32)
     sums = q.new_empty((*partial, 4), dtype=torch.float32)
-    skipped = q.new_zeros((batch, kv_heads, q_len, n_splits), dtype=torch.int32)
+    counts = q.new_empty((batch, kv_heads, q_len, n_splits, 2), dtype=torch.int32)
     skips = (
         q.new_zeros((batch, kv_heads, q_len, n_blocks), dtype=torch.int8) if return_skips else None
     )
     dropped = torch.zeros_like(lse) if shape["WANTS_DROPPED"] else None
     if out.numel():
-        decode_kernel[(n_splits, q_len * kv_heads, batch)](
+        start(
+            decode_kernel,
+            (n_splits, q_len * kv_heads, batch),
             q,
             k,
             v,
@@ -180,7 +180,7 @@ def _decode(
             *rule,
             acc,
             sums,
-            skipped,
+            counts,
             skips,
             kv_heads=kv_heads,
             group=group,
@@ -204,105 +204,26 @@ def _decode(
             PADDED_VALUE=shape["PADDED_VALUE"],
             PADDED_SPLITS=triton.next_power_of_2(n_splits),
         )
-    counted = torch.ones(batch, q_len, dtype=torch.bool, device=q.device)
-    if shape["CAUSAL"]:  # positions after the last valid key are padding
-        counted = torch.arange(q_len, device=q.device) < (request[:, 1:2] - request[:, 2:])
-    visited = (seen.sum(-1) * counted).sum(-1)[:, None].expand(-1, heads)
-    left_out = (skipped.sum(-1) * counted[:, None]).sum(-1).repeat_interleave(group, 1)
-    counts = torch.stack([visited, left_out], dim=-1)
+    counts = counts.sum((2, 3), dtype=torch.int64)[:, :, None].expand(-1, -1, group, -1)
+    counts = counts.reshape(batch, heads, 2)
     return _results(out, lse, counts, skips, dropped, return_dropped_mass)
 
 
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    skips: Tensor,
-    key_valid: Tensor | None,
-    q_offset: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    block_q: int,
-    block_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the sinks; see the compiled op."""
-    batch, heads, q_len, head_size = q.shape
-    kv_heads, kv_len, value_size = v.shape[1:]
-    decode = q_len <= DECODE_MAX_QUERIES and kv_len > q_len
-    request = requests(q, k, key_valid, q_offset)
-    dout = dout.contiguous()
-    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-    if dlse is not None:
-        delta -= dlse
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    tensors = (
-        q,
-        k,
-        v,
-        dout,
-        lse,
-        delta,
-        skips.contiguous() if skips.numel() else None,
-        None if key_valid is None else key_valid.contiguous(),
-        request,
-    )
-    shape = dict(
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        q_len=q_len,
-        kv_len=kv_len,
-        heads=heads,
-        group=heads // kv_heads,
-        n_votes=skips.shape[2] if skips.numel() else 0,
-        skip_bytes=skips.shape[3] if skips.numel() else 0,
-        HEAD_SIZE=head_size,
-        VALUE_SIZE=value_size,
-        PADDED_HEAD=max(16, triton.next_power_of_2(head_size)),
-        PADDED_VALUE=max(16, triton.next_power_of_2(value_size)),
-        BLOCK_Q=16 if decode else block_q,
-        BLOCK_K=block_k,
-        CAUSAL=causal,
-        HAS_WINDOW=window > 0,
-        HAS_SOFTCAP=softcap > 0,
-        DECODE=decode,
-        **strides("q", "bhld", q),
-        **strides("k", "bhld", k),
-        **strides("v", "bhld", v),
-    )
-    if q.numel() and k.numel():
-        rows = triton.cdiv(q_len, shape["BLOCK_Q"])
-        dq_kernel[(rows, heads, batch)](*tensors, dq, **shape)
-        dkv_kernel[(triton.cdiv(kv_len, block_k), kv_heads, batch)](*tensors, dk, dv, **shape)
-    dsinks = q.new_zeros(heads if sinks is not None else 0, dtype=torch.float32)
-    if sinks is not None:
-        # The sink's weight has no value, so its dP is 0.
-        weight = (sinks[:, None] - lse).exp().masked_fill(lse == -math.inf, 0.0)
-        dsinks = -(weight * delta).sum((0, 2))
-    return dq, dk, dv, dsinks
-
-
-def requests(q: Tensor, k: Tensor, key_valid: Tensor | None, q_offset: Tensor | None) -> Tensor:
-    """First valid key, end of the valid ones, column of query row 0: int32 `[B, 3]`; no sync."""
-    batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
-    request = torch.zeros((batch, 3), dtype=torch.int32, device=q.device)
-    request[:, 1] = kv_len
-    request[:, 2] = kv_len - q_len if q_offset is None else q_offset
-    if key_valid is not None and kv_len:
-        valid = key_valid.to(torch.int8)
-        any_valid = valid.amax(1)
-        request[:, 0] = valid.argmax(1) * any_valid
-        request[:, 1] = (kv_len - valid.flip(1).argmax(1)) * any_valid
-    return request
+def _splits(q_len, kv_len, key_valid, request, shape, n_splits, split_blocks) -> Tensor:
+    """How many splits have a block that the position sees, besides the seed: int32 `[B, Lq]`."""
+    rest = _blocks_seen(q_len, kv_len, key_valid, request, shape)  # [B, Lq, NK]
+    n_blocks, block_k = rest.shape[-1], shape["BLOCK_K"]
+    if shape["ORDER"] == SINK_DIAGONAL:
+        rest[..., 0] = False
+        if shape["CAUSAL"]:
+            row = torch.arange(q_len, device=rest.device)
+            newest = torch.div(
+                request[:, 2:] - request[:, :1] + row, block_k, rounding_mode="floor"
+            )
+            rest &= torch.arange(n_blocks, device=rest.device) != newest[..., None]
+    padding = n_splits * split_blocks - n_blocks
+    rest = torch.nn.functional.pad(rest, (0, padding)).unflatten(-1, (n_splits, split_blocks))
+    return rest.any(-1).sum(-1, dtype=torch.int32).clamp(min=1)
 
 
 def _blocks_seen(q_len, kv_len, key_valid, request, shape) -> Tensor:
@@ -310,9 +231,8 @@ def _blocks_seen(q_len, kv_len, key_valid, request, shape) -> Tensor:
     first, end, offset = request.unbind(1)
     column = torch.arange(kv_len, device=request.device)
     seen = (column < (end - first)[:, None])[:, None].expand(-1, q_len, -1)
-    if key_valid is not None:
-        absolute = (first[:, None] + column).clamp(max=kv_len - 1).to(torch.int64)
-        seen = seen & key_valid.gather(1, absolute)[:, None]
+    absolute = (first[:, None] + column).clamp(max=kv_len - 1).to(torch.int64)
+    seen = seen & key_valid.gather(1, absolute)[:, None]
     position = ((offset - first)[:, None] + torch.arange(q_len, device=request.device))[..., None]
     if shape["CAUSAL"]:
         seen = seen & (column <= position)
@@ -328,7 +248,7 @@ def _results(out, lse, counts, skips, dropped, return_dropped_mass):
     return (
         out,
         lse,
-        counts.to(torch.int64),
+        counts,
         nothing.to(torch.uint8) if skips is None else _pack(skips),
         dropped if return_dropped_mass else nothing,
     )
@@ -339,13 +259,3 @@ def _pack(bits: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
-
-
-def strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
-    """`stride_qb` and so on; 0 where a dimension is broadcast or there is no tensor."""
-    if x is None:
-        return {f"stride_{name}{d}": 0 for d in dims}
-    return {
-        f"stride_{name}{d}": 0 if size == 1 else step
-        for d, size, step in zip(dims, x.shape, x.stride(), strict=True)
-    }

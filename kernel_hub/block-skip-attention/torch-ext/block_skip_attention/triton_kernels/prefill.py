@@ -10,7 +10,18 @@ Positions and columns count from the request's own first valid key, so that padd
 import triton
 import triton.language as tl
 
-from .rules import agrees_to_skip, block_scores, dot, is_visible, narrow, update_dropped, visit
+from .rules import (
+    agrees_to_skip,
+    block_max,
+    block_scores,
+    dot,
+    is_visible,
+    larger,
+    narrow,
+    span,
+    update_dropped,
+    visit,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -22,7 +33,7 @@ def prefill_kernel(
     k_ptr,
     v_ptr,
     valid_ptr,  # bool [B, Lk] or none
-    request_ptr,  # int32 [B, 3]: first valid key, end of valid keys, column of query row 0
+    request_ptr,  # int32 [B, 3] or none, see `span`
     sinks_ptr,  # float32 [Hq] or none
     log_lambda_ptr,  # float32 [B|1, Hq|1] or none
     threshold_ptr,  # float32 [B|1, Hq|1, NQ|1] or none
@@ -79,10 +90,7 @@ def prefill_kernel(
     head = tl.program_id(1).to(tl.int64)  # a head's first element may lie beyond 2^31
     batch = tl.program_id(2).to(tl.int64)
 
-    first = tl.load(request_ptr + batch * 3)
-    end = tl.load(request_ptr + batch * 3 + 1)
-    offset = tl.load(request_ptr + batch * 3 + 2) - first
-    keys = end - first
+    first, keys, offset = span(request_ptr, batch, q_len, kv_len)
     first_row = 0
     end_row = q_len
     if CAUSAL:
@@ -167,9 +175,9 @@ def prefill_kernel(
                 HAS_WINDOW,
             )
             s = block_scores(q, k, visible & real[:, None], scale, softcap, HAS_SOFTCAP)
-            m_new = tl.max(s, 1)
+            m_new = block_max(s, 1)
 
-            seen = tl.max(m_new, 0) > -float("inf")
+            seen = (block_max(m_new, 0) == -float("inf")) == 0  # NaN is seen
             c_then, top_then = update_dropped(c, top, m_new, BLOCK_K)
             agrees = agrees_to_skip(
                 m_new,
@@ -216,18 +224,18 @@ def prefill_kernel(
                     c > 0.0, c * tl.exp2((top - tl.maximum(top, m_new)) * LOG2_E), 0.0
                 )
                 c = tl.where(skip, c_then, rescaled)
-            top = tl.maximum(top, m_new)
+            top = larger(top, m_new)
 
         shift = tl.where(m == -float("inf"), 0.0, m)
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + head)
             # The sink may outweigh everything by far: its logit then is the unit.
-            larger = tl.maximum(m, sink)
-            alpha = tl.exp2((m - larger) * LOG2_E)
-            l = l * alpha + tl.exp2((sink - larger) * LOG2_E)
+            unit = tl.maximum(m, sink)
+            alpha = tl.exp2((m - unit) * LOG2_E)
+            l = l * alpha + tl.exp2((sink - unit) * LOG2_E)
             acc = acc * alpha[:, None]
-            shift = larger
-        sees = top > -float("inf")
+            shift = unit
+        sees = (top == -float("inf")) == 0
         empty = l == 0.0
         lse = shift + tl.log2(tl.where(empty, 1.0, l)) * LN_2
         lse = tl.where(empty | (sees == 0), -float("inf"), lse)

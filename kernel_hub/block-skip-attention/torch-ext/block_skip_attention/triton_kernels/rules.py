@@ -1,21 +1,44 @@
 """What the Triton kernels share: visibility, scores, and when a row agrees to skip a block."""
 
+import math
 import os
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST_LOG_LAMBDA = tl.constexpr(math.log(1.0 - 2.0**-24))
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") == "1")
+
+# How float32 is multiplied. TF32 alone rounds to 10 bits; three products of it are as good as
+# float32's own, and run on tensor cores: by plain multiply-adds the kernels spill, and take a
+# minute to compile. AMD's have no such mode.
+FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 
 @triton.jit
 def dot(a, b):
     """A @ b with float32 sums, and without TF32's rounding."""
     if INTERPRETED:  # its dot multiplies bfloat16's bits as if they were integers (Triton 3.9)
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision=FLOAT32_DOT)
+    return tl.dot(a, b)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two; NaN if one of them is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def block_max(x, axis: tl.constexpr):
+    """The maximum along `axis`; NaN if there is one, which `tl.max` would leave out."""
+    if INTERPRETED:  # where `tl.max` keeps NaN, and any other reduction takes very long
+        return tl.max(x, axis)
+    return tl.reduce(x, axis, larger)
 
 
 @triton.jit
@@ -26,6 +49,23 @@ def narrow(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def span(request_ptr, batch, q_len, kv_len):
+    """First valid key, number of keys, and the column of query row 0 from that first key.
+
+    Without `request_ptr` (int32 [B, 3]: first valid key, end of valid keys, column of row 0) the
+    request is unpadded, and its last query sees its last key.
+    """
+    first = 0
+    end = kv_len
+    column = kv_len - q_len
+    if request_ptr is not None:
+        first = tl.load(request_ptr + batch * 3)
+        end = tl.load(request_ptr + batch * 3 + 1)
+        column = tl.load(request_ptr + batch * 3 + 2)
+    return first, end - first, column - first
 
 
 @triton.jit
@@ -110,7 +150,8 @@ def agrees_to_skip(
     """
     agrees = m_new == m_new
     if log_lambda_ptr is not None:
-        agrees = agrees & (m_new - m < log_lambda)
+        # With lambda < 1 a skipped block cannot raise the running max.
+        agrees = agrees & (m_new - m < tl.minimum(log_lambda, LARGEST_LOG_LAMBDA))
     if threshold_ptr is not None:
         agrees = agrees & (m_new < threshold)
     if eps_ptr is not None:

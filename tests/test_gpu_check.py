@@ -1,0 +1,71 @@
+"""A rehearsal of `make gpu-check` on the CPU, and what it makes of children that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check, gpu_children
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parents[1]
+
+
+def test_rehearsal(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--emulate"]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert result["emulated"]
+    assert result["right"]
+    assert result["kernel"].startswith("_block_skip_attention_universal_")
+    small, large = result["correctness"]
+    assert small["group"] == "small"
+    assert large["sparsity"] > 0
+    assert large["error_over_allowed"] <= 1
+    for row in result["timing"]:
+        names = list(row["contestants"])
+        assert names[0] == "sdpa"
+        assert any(name.startswith("triton") for name in names)
+        assert row["unable"] == {}
+    skipped = [x.get("sparsity", 0) for x in result["timing"][0]["contestants"].values()]
+    assert max(skipped) > 0, "something was skipped"
+    assert "ms" in done.stdout
+
+
+def test_failing_children_cost_their_case_only() -> None:
+    deadline = time.monotonic() + 200
+    rows = gpu_children.run_cases(
+        ["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=deadline
+    )
+    assert [row["name"] for row in rows] == ["raises", "crashes", "hangs", "works"]
+    assert [row["ok"] for row in rows] == [False, False, False, True]
+    assert "ZeroDivisionError" in rows[0]["error"]
+    assert "ended with status -6" in rows[1]["error"]
+    assert "no answer within 1 s: killed" in rows[2]["error"]
+    assert len(gpu_check.wrong({"x": rows})) == 3
+
+
+def test_the_deadline_holds() -> None:
+    start = time.monotonic()
+    rows = gpu_children.run_cases(
+        ["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=start + 0.2
+    )
+    assert time.monotonic() - start < 8
+    assert rows == [{"name": "the rest", "left_out": "no time left, for this and the rest"}]
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "expected a CUDA device" in done.stderr
