@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +221,9 @@ def test_recalibrates_the_trained_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, None, callback, max_steps=5, learning_rate=1e-2)
     run.train()
     kept = SparseAttentionConfig.from_pretrained(tmp_path)
-    assert replace(kept, thresholds_file=None) == present_config(run.model)
+    assert kept == present_config(run.model)
     assert kept.provenance["samples"] == 3
     assert kept.fits != settings().fits
-    assert kept.fits.keys() == settings().fits.keys(), "the blocks that it was trained on"
     assert kept.target_sparsity["prefill"] == 0.5
     assert (kept.ignore, kept.min_length) == (["model.layers.1.self_attn"], 0)
 
@@ -234,9 +232,8 @@ def test_a_model_that_cannot_be_calibrated_keeps_its_thresholds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Random scores leave no 64x64 block out: no target is within reach."""
-    callback = ramp(calibration_data=[samples(1)[0]["input_ids"]])
-    callback.calibration_options["geometries"] = "64x64"
-    run = trainer(tmp_path, None, callback)
+    rows, options = [samples(1)[0]["input_ids"]], {"geometries": "64x64"}
+    run = trainer(tmp_path, None, ramp(calibration_data=rows, calibration_options=options))
     run.train()
     assert "could not be calibrated: target_sparsity: expected less than" in caplog.text
     assert SparseAttentionConfig.from_pretrained(tmp_path) == present_config(run.model)

@@ -61,9 +61,9 @@ def test_checkpoints_of_two_processes_hold_the_settings(two: Path, kind: str) ->
 def test_recalibration_under_fsdp_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hf_sparse_attention.training.checks as checks
+    import hf_sparse_attention.training.recalibration as recalibration
 
-    monkeypatch.setattr(checks, "shares_of", lambda _: ((0, 2),))
+    monkeypatch.setattr(recalibration, "shares_of", lambda _: ((0, 2),))
     run = trainer(tmp_path, model(), ramp(calibration_data=[torch.arange(3, 90)]))
     with pytest.raises(ValueError, match="calibration_data: expected None under FSDP"):
         run.train()

@@ -16,18 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_sparse_attention.calibration import calibrate
 from hf_sparse_attention.changes import updated
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.control import present_config, run_with, set_sparse_attention
 from hf_sparse_attention.training.checks import (
     Quantity,
-    calibration_samples,
     check_goal,
     check_run,
     excluded_modules,
 )
 from hf_sparse_attention.training.meter import SUFFIXES, Activity, Meter
+from hf_sparse_attention.training.recalibration import calibration_samples, recalibrated
 from hf_sparse_attention.training.reporting import before_reporters
 from hf_sparse_attention.training.schedules import Schedule, ScheduleName
 from hf_sparse_attention.types import PHASES, Phase
@@ -38,9 +37,6 @@ ByPhase = float | Mapping[Phase, float]
 
 #: More keys than any request has: with this `min_length` everything runs dense.
 _ALWAYS_DENSE = 2**31
-
-#: Settings that calibration does not find: they are the user's, and outlast it.
-_NOT_CALIBRATED = ("ignore", "targets", "min_length", "backend", "max_dropped_mass")
 
 #: Where the run's settings are kept in `TrainerState.stateful_callbacks`.
 _STATE_KEY = "sparse_attention"
@@ -122,9 +118,7 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
             self._samples = calibration_samples(model, self.calibration_data, options)
         ignore = {*config.ignore, *excluded_modules(model, self.exclude_layers)}
         config = updated(replace(config, ignore=sorted(ignore)), **self._at(1.0, config))
-        if config.tables is not None and args.should_save:
-            # So that the table that config.json names can be found, whoever saves the model.
-            config = replace(config, thresholds_file=config.tables.save(args.output_dir))
+        config = self._with_file(config, args)
         self._note(state, config)
         self._base = self._applied = set_sparse_attention(model, config)
         self._meter = Meter(model)
@@ -171,19 +165,16 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the settings and thresholds into the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and self._base is not None:
-            self._base.save_pretrained(folder)
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._write(folder, kwargs["model"])
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the settings and thresholds to where the trainer uploads from."""
-        if args.should_save and self._base is not None:
-            # Settings lie elsewhere beside an adapter than beside a model; its own are there later.
-            for adapter in getattr(kwargs["model"], "peft_config", {}).values():
-                adapter.save_pretrained(args.output_dir)
-            self._base.save_pretrained(args.output_dir)
+        if args.should_save:
+            self._write(Path(args.output_dir), kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,10 +186,12 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         self._meter = None
         model: nn.Module = kwargs["model"]
         if self._samples:
-            self._base = self._calibrated_again(model, self._base, progress=not args.disable_tqdm)
+            options = {"progress": not args.disable_tqdm, **self.calibration_options}
+            self._base = recalibrated(model, self._base, self._samples, self.quantity, options)
+        self._base = set_sparse_attention(model, self._with_file(self._base, args))
+        self._applied = self._base
         if args.should_save:
-            self._base.save_pretrained(args.output_dir)
-        self._base = self._applied = set_sparse_attention(model, self._base)
+            self._write(Path(args.output_dir), model)
 
     # What those do.
 
@@ -223,6 +216,27 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
             return {"level": levels[round(strength * (len(levels) - 1))]}
         full = self.full if isinstance(self.full, Mapping) else dict.fromkeys(PHASES, self.full)
         return {self.quantity: {phase: strength * x for phase, x in full.items()}}
+
+    def _with_file(
+        self, config: SparseAttentionConfig, args: TrainingArguments
+    ) -> SparseAttentionConfig:
+        """`config` with its tables in the output folder, and the file that they are in by name."""
+        if config.tables is None or not args.should_save:
+            return config
+        return replace(config, thresholds_file=config.tables.save(args.output_dir))
+
+    def _write(self, folder: Path, model: nn.Module) -> None:
+        """Writes the settings to where `model` is saved in `folder`, or soon will be."""
+        if self._base is None:
+            return
+        adapters = getattr(model, "peft_config", {})
+        for name, adapter in adapters.items():
+            home = folder if name == "default" else folder / name  # as PEFT does
+            if not (home / "adapter_config.json").exists():  # by it settings know where they are
+                adapter.save_pretrained(home)
+            self._base.save_pretrained(home)
+        if not adapters:
+            self._base.save_pretrained(folder)
 
     def _before_the_ramp(self, present: SparseAttentionConfig) -> SparseAttentionConfig:
         """What the model had before a run of ours that was interrupted in this process."""
@@ -266,33 +280,6 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         if args.torch_compile:
             reasons += " (under torch_compile, give batches an attention_mask)"
         logger.warning("SparseAttentionCallback: no attention of training ran sparse: %s", reasons)
-
-    def _calibrated_again(
-        self, model: nn.Module, config: SparseAttentionConfig, progress: bool
-    ) -> SparseAttentionConfig:
-        """Thresholds of `model` as it is now, with the settings of `config` that outlast them."""
-        done = ("lengths", "samples", "tokenizer")  # the samples are made already
-        options: dict[str, Any] = {"method": config.method, "progress": progress}
-        if config.levels:
-            options["levels"] = config.levels
-        if config.fits:  # what it was trained on
-            options["geometries"] = [fit.geometry for fit in config.fits.values()]
-            options["granularity"] = config.granularity
-        options |= {k: x for k, x in self.calibration_options.items() if k not in done}
-        try:
-            fitted = calibrate(model, self._samples, **options)
-        except ValueError as error:  # the trained model is worth more than its thresholds
-            logger.error(
-                "SparseAttentionCallback: the trained model keeps the thresholds it was trained "
-                "with, since it could not be calibrated: %s",
-                error,
-            )
-            return config
-        # What was trained with goes on to run, if the new calibration has it.
-        kept = {name: getattr(config, name) for name in (*_NOT_CALIBRATED, self.quantity)}
-        if config.level not in fitted.levels:
-            kept.pop("level", None)
-        return replace(fitted, **kept)
 
 
 def _evaluation_prefix(logs: Mapping[str, float]) -> str | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import nn
 
-from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.control import check_same_model, pretrained_model, running_method
 from hf_sparse_attention.methods import METHODS
-from hf_sparse_attention.sharding import shares_of
 from hf_sparse_attention.types import PHASES
 
 Quantity = Literal["target_sparsity", "threshold_scale_factor", "level"]
@@ -107,31 +104,3 @@ def excluded_modules(model: nn.Module, layers: Sequence[int]) -> list[str]:
     if missing := sorted(set(layers) - set(found)):
         raise ValueError(f"exclude_layers: expected numbers among {sorted(found)}, got {missing}")
     return [name for layer in layers for name in found[layer]]
-
-
-def calibration_samples(model: nn.Module, data: Any, options: Mapping[str, Any]) -> list[Tensor]:
-    """The token ids that the trained model will be calibrated on.
-
-    Made before training, so that bad data costs no trained model.
-
-    Args:
-        model: what is going to be trained.
-        data: "bundled", or what `calibrate` takes.
-        options: those of `calibrate`.
-
-    Raises:
-        TypeError, ValueError: as `calibrate`; and for a model that is split over processes, each of
-            which would have to run the others' samples too.
-    """
-    if shares_of(model) or any(isinstance(x, FullyShardedDataParallel) for x in model.modules()):
-        raise ValueError(
-            "calibration_data: expected None under FSDP, since calibration needs the whole model "
-            "in one process; load the saved model afterwards and calibrate(model) it"
-        )
-    samples = token_samples(
-        None if isinstance(data, str) and data == "bundled" else data,
-        options.get("tokenizer"),
-        options.get("lengths"),
-        options.get("samples"),
-    )
-    return list(samples)
