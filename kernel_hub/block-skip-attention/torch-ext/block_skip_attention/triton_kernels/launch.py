@@ -204,8 +204,7 @@ def _decode(
             PADDED_VALUE=shape["PADDED_VALUE"],
             PADDED_SPLITS=triton.next_power_of_2(n_splits),
         )
-    counts = counts.sum((2, 3), dtype=torch.int64)[:, :, None].expand(-1, -1, group, -1)
-    counts = counts.reshape(batch, heads, 2)
+    counts = counts.sum((2, 3), dtype=torch.int64).repeat_interleave(group, 1)
     return _results(out, lse, counts, skips, dropped, return_dropped_mass)
 
 
