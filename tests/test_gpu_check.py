@@ -56,9 +56,7 @@ def test_failing_children_cost_their_case_only() -> None:
 
 def test_the_deadline_holds() -> None:
     start = time.monotonic()
-    rows = gpu_children.run_cases(
-        ["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=start + 0.2
-    )
+    rows = gpu_children.run_cases(["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=start)
     assert time.monotonic() - start < 8
     assert rows == [{"name": "the rest", "left_out": "no time left, for this and the rest"}]
 
