@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_recalibrates_the_trained_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, None, callback, max_steps=5, learning_rate=1e-2)
     run.train()
     kept = SparseAttentionConfig.from_pretrained(tmp_path)
-    assert kept == present_config(run.model)
+    assert replace(kept, thresholds_file=None) == present_config(run.model)
     assert kept.provenance["samples"] == 3
     assert kept.fits != settings().fits
     assert kept.target_sparsity["prefill"] == 0.5

@@ -44,6 +44,7 @@ def test_an_adapter_is_trained_and_carries_its_thresholds(tuner: str, tmp_path: 
     assert [x for (x,) in logged(run, "sparsity")][-1] > 0
 
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
+        assert not (folder / "config.json").exists()
         fresh = AutoModelForCausalLM.from_pretrained(
             tmp_path / "base", attn_implementation="blasst"
         )
@@ -60,10 +61,11 @@ def test_an_adapter_is_trained_and_carries_its_thresholds(tuner: str, tmp_path: 
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_pushing_an_adapter_while_training_brings_its_thresholds(tmp_path: Path) -> None:
+def test_pushing_an_adapter_while_training_keeps_it_an_adapter(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(model(), TUNERS["lora"])
     run = trainer(tmp_path, tuned, ramp(), max_steps=5)
     run.state.max_steps = 5
     run.callback_handler.on_train_begin(run.args, run.state, run.control)
     run.callback_handler.on_push_begin(run.args, run.state, run.control)
+    assert not (tmp_path / "config.json").exists()
     assert SparseAttentionConfig.from_pretrained(tmp_path) == present_config(tuned)

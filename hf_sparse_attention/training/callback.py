@@ -118,7 +118,6 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
             self._samples = calibration_samples(model, self.calibration_data, options)
         ignore = {*config.ignore, *excluded_modules(model, self.exclude_layers)}
         config = updated(replace(config, ignore=sorted(ignore)), **self._at(1.0, config))
-        config = self._with_file(config, args)
         self._note(state, config)
         self._base = self._applied = set_sparse_attention(model, config)
         self._meter = Meter(model)
@@ -188,8 +187,7 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         if self._samples:
             options = {"progress": not args.disable_tqdm, **self.calibration_options}
             self._base = recalibrated(model, self._base, self._samples, self.quantity, options)
-        self._base = set_sparse_attention(model, self._with_file(self._base, args))
-        self._applied = self._base
+        self._base = self._applied = set_sparse_attention(model, self._base)
         if args.should_save:
             self._write(Path(args.output_dir), model)
 
@@ -216,14 +214,6 @@ class SparseAttentionCallback(TrainerCallback):  # type: ignore[misc]  # transfo
             return {"level": levels[round(strength * (len(levels) - 1))]}
         full = self.full if isinstance(self.full, Mapping) else dict.fromkeys(PHASES, self.full)
         return {self.quantity: {phase: strength * x for phase, x in full.items()}}
-
-    def _with_file(
-        self, config: SparseAttentionConfig, args: TrainingArguments
-    ) -> SparseAttentionConfig:
-        """`config` with its tables in the output folder, and the file that they are in by name."""
-        if config.tables is None or not args.should_save:
-            return config
-        return replace(config, thresholds_file=config.tables.save(args.output_dir))
 
     def _write(self, folder: Path, model: nn.Module) -> None:
         """Writes the settings to where `model` is saved in `folder`, or soon will be."""
