@@ -58,7 +58,7 @@ def runner(objects: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         pytest.skip(f"no {EMULATOR}")
     program = tmp_path_factory.mktemp("runner") / "run"
     source = ROOT / "tests" / "aarch64_runner.cpp"
-    kernel = [objects[name] for name in ("forward", "level_portable")]
+    kernel = [objects[name] for name in ("forward", "observe", "level_portable")]
     command = [COMPILER, "-std=c++20", "-O1", "-static", f"-I{REPO / 'csrc'}", str(source), *kernel]
     subprocess.run([*command, "-o", str(program)], check=True)
     return [EMULATOR, str(program)]
