@@ -60,7 +60,7 @@ def _load(name: str) -> dict[str, Any]:
     return data
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -91,7 +91,7 @@ def attention() -> list[str]:
         if len(builds) > 1:
             told = " and ".join(f"{name[-12:]} ({time})" for name, time in builds.items())
             lines += ["", f"Cases of several builds of the kernel: {told}."]
-        lines += ["", *_table([phase, *names], rows)]
+        lines += ["", *table([phase, *names], rows)]
     return lines
 
 
@@ -107,7 +107,7 @@ def reached() -> list[str]:
         "",
         GOALS_INTRO,
         "",
-        *_table(head, rows),
+        *table(head, rows),
         *why,
     ]
 
@@ -144,9 +144,9 @@ def decode_reading() -> list[str]:
         "",
         READING,
         "",
-        *_table(["GB/s, one thread", *names], rates),
+        *table(["GB/s, one thread", *names], rates),
         "",
-        *_table(["two threads over one", *data["two_threads"][0]["speedup"]], threads),
+        *table(["two threads over one", *data["two_threads"][0]["speedup"]], threads),
         "",
         *costs,
     ]
@@ -175,7 +175,7 @@ def end_to_end() -> list[str]:
         if "attention_share" in row
     )
     note = ["", f"Attention's share of the time to first token with sdpa: {shares}."]
-    return ["", title, "", _machine(data), "", *_table(head, rows), *(note if shares else [])]
+    return ["", title, "", _machine(data), "", *table(head, rows), *(note if shares else [])]
 
 
 def model_attention() -> list[str]:
@@ -202,7 +202,7 @@ def model_attention() -> list[str]:
         "The error of an output is |out - exact| / |exact|.",
         _machine(data),
         "",
-        *_table(head, rows),
+        *table(head, rows),
     ]
 
 
@@ -225,7 +225,7 @@ def break_even() -> list[str]:
         "",
         _machine(data),
         "",
-        *_table(["call", *names], rows),
+        *table(["call", *names], rows),
     ]
 
 
@@ -271,21 +271,21 @@ def scaling() -> list[str]:
         f"{data['low_blocks']:.0%} of the key blocks are low; fewer heads at long lengths keep a "
         "run within minutes. " + _machine(data),
         "",
-        *_table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
+        *table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
         "",
         "### Memory that one call of one head adds, its output included",
         "",
-        *_table(["dtype", "attention", "tokens", "MiB"], memory),
+        *table(["dtype", "attention", "tokens", "MiB"], memory),
         "",
         "### Dense prefill at 4096 tokens against the peak of fused multiply-adds",
         "",
-        *_table(["dtype", "D", "GFLOP/s", "share"], share),
+        *table(["dtype", "D", "GFLOP/s", "share"], share),
         "",
         "### Two threads over one, dense, wall time",
         "",
         TWO_THREADS,
         "",
-        *_table(["call", *CONTROLS.values()], threads),
+        *table(["call", *CONTROLS.values()], threads),
     ]
 
 
