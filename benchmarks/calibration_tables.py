@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.tables import table
+from benchmarks.table_format import table
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "calibration-results.md"

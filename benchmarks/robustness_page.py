@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from benchmarks.tables import HERE, table
+from benchmarks.table_format import HERE, table
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
 from benchmarks import goals
+from benchmarks.table_format import HERE, load, machine_line, table
+from benchmarks.tables_training import calibration_cost, training
 
-HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 HEAD = """# Results
 
@@ -54,30 +52,11 @@ over the time. `bare read` adds up all of K and V and does nothing else: what me
 thread, and, in wall time at the highest sparsity, what it has left for a second one."""
 
 
-def _load(name: str) -> dict[str, Any]:
-    path = HERE / "results" / name
-    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return data
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _machine(data: dict[str, Any]) -> str:
-    m = data["machine"]
-    return (
-        f"{', '.join(m['cpu'])}; {m['cores']} cores; kernel level {m['level']}; "
-        f"torch {m['torch']}; Python {m['python']}; {m['time']}."
-    )
-
-
 def attention() -> list[str]:
     """The attention call alone."""
     lines = ["", "## Attention alone", "", LEGEND]
     for phase in ("prefill", "decode"):
-        data = _load(f"{phase}.json")
+        data = load(f"{phase}.json")
         cases = data["cases"]
         names = list(dict.fromkeys(n for c in cases for n in c["seconds"] if n != "sdpa"))
         rows = []
@@ -86,7 +65,7 @@ def attention() -> list[str]:
             cells = [f"{over[n]['median']:.2f}" if n in over else "" for n in names]
             threads = f"{case['threads']} thread" + "s" * (case["threads"] > 1)
             rows.append([f"{case['name'].removeprefix(phase + ' torch.')}, {threads}", *cells])
-        lines += ["", f"### {phase.capitalize()}", "", _machine(data)]
+        lines += ["", f"### {phase.capitalize()}", "", machine_line(data)]
         builds = {case["kernel"]: case["time"] for case in cases if "kernel" in case}
         if len(builds) > 1:
             told = " and ".join(f"{name[-12:]} ({time})" for name, time in builds.items())
@@ -98,7 +77,7 @@ def attention() -> list[str]:
 def reached() -> list[str]:
     """The goals, and how far the results below come."""
     names = ("prefill", "decode", "scaling", "model_attention", "end_to_end")
-    rows, misses = goals.rows({name: _load(f"{name}.json") for name in names})
+    rows, misses = goals.rows({name: load(f"{name}.json") for name in names})
     head = ["goal", "dtype", "asked", "measured", ""]
     why = ["", "Why missed:", "", *misses] if misses else []
     return [
@@ -114,7 +93,7 @@ def reached() -> list[str]:
 
 def decode_reading() -> list[str]:
     """How fast decode reads what it has to, on one thread and on two, and what the copy costs."""
-    data = _load("decode.json")
+    data = load("decode.json")
     cases = [case for case in data["cases"] if case["length"] >= 32768]
     names = [name for name in cases[0]["needed_gb_per_s"] if name != "eager"]
     rates = [
@@ -154,7 +133,7 @@ def decode_reading() -> list[str]:
 
 def end_to_end() -> list[str]:
     """The whole model."""
-    data = _load("end_to_end.json")
+    data = load("end_to_end.json")
     rows = [
         [
             row["dtype"].removeprefix("torch."),
@@ -175,12 +154,12 @@ def end_to_end() -> list[str]:
         if "attention_share" in row
     )
     note = ["", f"Attention's share of the time to first token with sdpa: {shares}."]
-    return ["", title, "", _machine(data), "", *table(head, rows), *(note if shares else [])]
+    return ["", title, "", machine_line(data), "", *table(head, rows), *(note if shares else [])]
 
 
 def model_attention() -> list[str]:
     """The model's own queries, keys and values."""
-    data = _load("model_attention.json")
+    data = load("model_attention.json")
     rows = [
         [
             row["dtype"].removeprefix("torch."),
@@ -200,7 +179,7 @@ def model_attention() -> list[str]:
         "",
         f"{data['length']} tokens of {data['text']}, layers {layers}, {data['threads']} thread.",
         "The error of an output is |out - exact| / |exact|.",
-        _machine(data),
+        machine_line(data),
         "",
         *table(head, rows),
     ]
@@ -208,7 +187,7 @@ def model_attention() -> list[str]:
 
 def break_even() -> list[str]:
     """Short lengths."""
-    data = _load("break_even.json")
+    data = load("break_even.json")
     names = [n for n in data["cases"][0]["seconds"] if n != "sdpa"]
     rows = []
     for case in data["cases"]:
@@ -223,7 +202,7 @@ def break_even() -> list[str]:
         "",
         BREAK_EVEN,
         "",
-        _machine(data),
+        machine_line(data),
         "",
         *table(["call", *names], rows),
     ]
@@ -231,7 +210,7 @@ def break_even() -> list[str]:
 
 def scaling() -> list[str]:
     """Growth with the length, memory, threads, share of the peak."""
-    data = _load("scaling.json")
+    data = load("scaling.json")
     if not data:
         return ["", "## Growth, memory, two threads, share of the peak", "", SCALING_MISSING]
     names = [n for n in data["growth"][0]["seconds"] if n != "sdpa"]
@@ -266,10 +245,10 @@ def scaling() -> list[str]:
     ]
     return [
         "",
-        "## Growth from 1K to 64K tokens, one thread, head size 64",
+        "## Growth with the length, one thread, head size 64",
         "",
         f"{data['low_blocks']:.0%} of the key blocks are low; fewer heads at long lengths keep a "
-        "run within minutes. " + _machine(data),
+        "run within minutes. " + machine_line(data),
         "",
         *table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
         "",
@@ -310,6 +289,8 @@ def main() -> None:
         attention(),
         decode_reading(),
         scaling(),
+        training(),
+        calibration_cost(),
         break_even(),
     ]
     lines = [HEAD.rstrip(), *(line for part in parts for line in part), NEVER_RUN]
