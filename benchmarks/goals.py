@@ -115,7 +115,17 @@ GOALS = [
     )
     for size, single, half in ((64, 1.30, 2.4), (128, 1.15, 2.3))
 ]
-GOALS += [Goal("dense prefill, share of the measured peak", _both(0.8), _share, percent=True)]
+GOALS += [
+    Goal(
+        "dense prefill, share of the measured peak",
+        _both(0.8),
+        _share,
+        percent=True,
+        missed="in bfloat16 the products take half the time that they take in float32, while "
+        "maxima, exponentials and the running sums take as long, and weigh more the smaller the "
+        "head.",
+    )
+]
 GOALS += [
     Goal(
         f"prefill over SDPA, {label} of the key blocks low, 64x64",
@@ -167,7 +177,13 @@ GOALS += [
         best=True,
     ),
     Goal("prefill, two threads over one", _both(1.9), _threads("prefill")),
-    Goal("decode, two threads over one", _both(1.9), _threads("decode")),
+    Goal(
+        "decode, two threads over one",
+        _both(1.9),
+        _threads("decode"),
+        missed="decode waits for memory, which both cores share: beside it stands what two "
+        "threads gain in the same rounds by reading alone.",
+    ),
 ]
 
 

@@ -37,9 +37,9 @@ from hf_sparse_attention import (
 BLASST_FACTOR = {"prefill": 200.0, "decode": 3.0}
 # BSFA keeps one block in this many, of the longest block row, besides the sink and the diagonal.
 BSFA_SHARE = 4
-CALIBRATION_TOKENS = 3000
 
 ROUNDS = 2
+WARM_UP_TOKENS = 600
 
 #: {name: its settings, None for dense}.
 Ways = dict[str, SparseAttentionConfig | None]
@@ -131,7 +131,7 @@ def _time(
         with _step(bar, f"timing, round {number + 1} of {ROUNDS}", total) as advance:
             for name, way in ways.items():
                 _switch(network, way)
-                measure(network, name, input_ids[:, :600], 2)  # warms up kernels and memory
+                measure(network, name, input_ids[:, :WARM_UP_TOKENS], 2)  # kernels and memory
                 run = measure(network, name, input_ids, new_tokens, advance)
                 best[name] = run.with_times_of(best.get(name, run))
     return list(best.values())
@@ -155,15 +155,24 @@ def _calibrate_bsfa(
     network: Any, tokenizer: Any, prompt: Prompt, bar: Progress
 ) -> tuple[SparseAttentionConfig, str]:
     """Calibrate on other pages than the prompt's; the settings, and a line for the report."""
-    ids = calibration_ids(tokenizer, min(prompt.input_ids.shape[1], CALIBRATION_TOKENS))
-    level = max(1, prompt.input_ids.shape[1] // 64 // BSFA_SHARE)
+    tokens = prompt.input_ids.shape[1]
+    ids = calibration_ids(tokenizer, tokens)
+    level = max(1, tokens // 64 // BSFA_SHARE)
+    lengths = [WARM_UP_TOKENS, ids.shape[1]]  # those that will run
+    passes = len(lengths) * len(decoder_layers(network))
     start = time.perf_counter()
     with (
-        _step(bar, "calibrating bsfa on other pages", len(decoder_layers(network))) as advance,
+        _step(bar, "calibrating bsfa on other pages", passes) as advance,
         per_layer(network, advance),
     ):
         config = calibrate(
-            network, [ids[0]], method="bsfa", levels=[level], geometries="64x64", progress=False
+            network,
+            [ids[0]],
+            method="bsfa",
+            levels=[level],
+            geometries="64x64",
+            lengths=lengths,
+            progress=False,
         )
     seconds = time.perf_counter() - start
     return config, (

@@ -121,8 +121,7 @@ def attend_dense(call: AttentionCall, backend: str = "auto") -> AttentionResult:
     """
     rule, geometry = SkipRule.never(), BlockGeometry()
     check(call, rule, geometry)
-    plain = backend in ("dense", "reference") or call.needs_grad
-    if plain or call.k.shape[2] < KERNEL_MIN_LENGTH:
+    if backend in ("dense", "reference") or call.k.shape[2] < KERNEL_MIN_LENGTH:
         return select(call, rule, geometry, "dense")[0].run(call, rule, geometry)
     return select(call, rule, geometry, "auto")[0].run(call, rule, geometry)
 

@@ -139,14 +139,9 @@ struct Span {
   }
 };
 
-// Asks for a row of the cache ahead of its use: the hardware does so by itself only for longer
-// runs.
+// So many rows ahead a row of the cache is asked for: the hardware does so by itself only for
+// longer runs.
 constexpr int64_t kAhead = 16;
-template <class T>
-BSA_INLINE void prefetch_row(const T* row, int64_t n) {
-  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
-}
 
 // The max of n scores, NaN if there is one among them.
 BSA_INLINE float top_of(const float* x, int64_t n) {
@@ -218,7 +213,7 @@ void score_keys(const Problem& p, int64_t bh, const typename X::Query* q, const 
     const int64_t here = n - c < kKeys ? n - c : kKeys;
     for (int i = 0; i < kKeys; ++i) at[i] = row(i < here ? c + i : n - 1);
     for (int i = 0; i < kKeys; ++i)
-      if (c + i + kAhead < n) prefetch_row(row(c + i + kAhead), p.D);
+      if (c + i + kAhead < n) fetch_row<3>(row(c + i + kAhead), p.D);
     for (int64_t r = 0; r < p.rows; r += kDecodeRows) {
       alignas(64) float sums[kTile];
       const int64_t m = p.rows - r < kDecodeRows ? p.rows - r : kDecodeRows;

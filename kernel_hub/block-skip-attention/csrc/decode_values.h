@@ -19,7 +19,7 @@ BSA_INLINE void weigh_tile(const T* const* v, int64_t n, int64_t d, int64_t Dv,
   for (int r = 0; r < RR; ++r)
     for (int j = 0; j < NR; ++j) acc[r][j] = load(out + r * out_stride + d + j * W);
   for (int64_t c = 0; c < n; ++c) {
-    if (c < ahead) prefetch_row(v[c + kBatch], Dv);
+    if (c < ahead) fetch_row<3>(v[c + kBatch], Dv);
     vf x[NR];
     for (int j = 0; j < NR; ++j) x[j] = load_floats(v[c] + d + j * W);
     for (int r = 0; r < RR; ++r) {

@@ -48,10 +48,10 @@ struct NothingAhead {
   void operator()(int64_t, int64_t) const {}
 };
 
-// Asks for a row, without waiting for it.
-template <class T>
+// Asks for a row, without waiting for it; `kNear` is 3 for the nearest cache, 2 for the next.
+template <int kNear = 2, class T>
 BSA_INLINE void fetch_row(const T* row, int64_t n) {
-  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, kNear);
 }
 
 // S [n][64] of n keys at k, and each lane's max over them, for the lanes of `vectors` vectors.
