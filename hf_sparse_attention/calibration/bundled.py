@@ -1,4 +1,4 @@
-"""The texts that travel with the package, for calibrating and validating without a data set."""
+"""The texts that travel with the package, so that calibrating and evaluating need no data set."""
 
 from __future__ import annotations
 
@@ -29,11 +29,19 @@ def bundled(kind: Kind, part: Part = "calibration") -> str:
             f"bundled: expected a kind of {list(KINDS)} and a part of {list(PARTS)}, got {kind!r} "
             f"and {part!r}"
         )
-    return "\n\n".join((_folder() / each["file"]).read_text("utf-8") for each in entries)
+    return "\n\n".join(bundled_file(each["file"]) for each in entries)
+
+
+def bundled_file(name: str) -> str:
+    """The text of one file of the manifest."""
+    return (_folder() / name).read_text("utf-8")
 
 
 def manifest() -> list[dict[str, Any]]:
-    """What is known of each text: file, kind, part, title, author, licence, source, sha256."""
+    """What is known of each text: file, kind, part, title, author, licence, source, sha256.
+
+    The part of what only the evaluation reads is `evaluation`.
+    """
     entries: list[dict[str, Any]] = json.loads((_folder() / "manifest.json").read_text())["files"]
     return entries
 

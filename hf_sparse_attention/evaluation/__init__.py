@@ -1,0 +1,1 @@
+"""Evaluation: how accurate, how sparse and how fast a model is under each setting."""

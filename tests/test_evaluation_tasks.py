@@ -1,0 +1,147 @@
+"""The tasks of RULER: the answer is where it must be, lengths hold, wrong answers score less."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from tiny_tokenizer import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_sparse_attention.evaluation.samples import Sample, mean_and_standard_error
+from hf_sparse_attention.evaluation.tasks import TASKS
+from hf_sparse_attention.evaluation.tasks.base import largest
+
+
+def word_tokenizer() -> Any:
+    """A word is a token, and so is a punctuation mark: as unlike bytes as can be."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+TOKENIZERS = {"bytes": byte_tokenizer(bos=True), "words": word_tokenizer()}
+LENGTHS = {"bytes": 12000, "words": 3000}
+each_task = pytest.mark.parametrize("name", TASKS)
+each_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
+needle_tasks = pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
+
+
+def made(name: str, kind: str = "words", count: int = 3, seed: int = 0) -> list[Sample]:
+    return TASKS[name].samples(TOKENIZERS[kind], LENGTHS[kind], count, seed)
+
+
+@each_tokenizer
+@each_task
+def test_prompts_fill_the_length_and_leave_room_for_the_answer(name: str, kind: str) -> None:
+    room = LENGTHS[kind] - TASKS[name].max_new_tokens
+    for sample in made(name, kind):
+        tokens = len(TOKENIZERS[kind](sample.prompt).input_ids)
+        assert 0.9 * room < tokens <= room
+        assert sample.prompt == sample.question + sample.answer_prefix
+        assert len(sample.question) < len(sample.prompt)
+
+
+@each_task
+def test_same_seed_same_samples_and_another_seed_others(name: str) -> None:
+    assert made(name) == made(name)
+    prompts = {sample.prompt for seed in (0, 1) for sample in made(name, seed=seed)}
+    assert len(prompts) == 6
+
+
+@each_task
+def test_a_sample_does_not_depend_on_how_many_are_made(name: str) -> None:
+    assert made(name, count=3)[:2] == made(name, count=2)
+
+
+@each_task
+def test_too_short_a_length_names_the_one_that_is_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected a length of at least \d+ tokens"):
+        TASKS[name].samples(TOKENIZERS["words"], 20, 1, 0)
+
+
+@needle_tasks
+def test_needles_are_in_the_context_once_and_at_the_depth_claimed(name: str) -> None:
+    for sample in made(name, count=8):
+        context = sample.question.split("\n", 1)[1].rsplit("\n", 1)[0]
+        for answer in sample.answers:
+            assert context.count(answer) == 1
+            assert sample.prompt.count(answer) == 1, "the question gives nothing away"
+        if len(sample.answers) == 1:
+            needle = next(
+                f"One of the special magic {what} for {key} is: {sample.answers[0]}."
+                for what in ("numbers", "uuids")
+                for key in [context.split(f" is: {sample.answers[0]}.")[0].rsplit(" for ", 1)[1]]
+                if f"One of the special magic {what} for {key} is: " in context
+            )
+            before, after = context.split(needle)
+            assert sample.depth == pytest.approx(len(before) / (len(before) + len(after)))
+            key = needle.split(" for ")[1].split(" is: ")[0]
+            assert key in sample.question.rsplit("\n", 1)[1], "the question is about this key"
+        else:
+            assert sample.depth is None
+
+
+@pytest.mark.parametrize(
+    ("name", "needles", "answers"),
+    [
+        ("niah_single_1", 1, 1),
+        ("niah_single_2", 1, 1),
+        ("niah_single_3", 1, 1),
+        ("niah_multikey_1", 4, 1),
+        ("niah_multivalue", 4, 4),
+        ("niah_multiquery", 4, 4),
+    ],
+)
+def test_so_many_needles_and_answers(name: str, needles: int, answers: int) -> None:
+    for sample in made(name):
+        assert sample.prompt.count("One of the special magic ") == needles
+        assert len(set(sample.answers)) == answers
+
+
+@pytest.mark.parametrize("name", ["niah_multikey_2", "niah_multikey_3"])
+def test_a_haystack_of_needles_is_nothing_else(name: str) -> None:
+    for sample in made(name):
+        lines = sample.question.split("\n")[1:-1]
+        assert len(lines) > 50
+        assert all(line.startswith("One of the special magic ") for line in lines)
+        assert len({line.split(" for ")[1].split(" is: ")[0] for line in lines}) == len(lines)
+
+
+def test_needles_lie_at_all_depths() -> None:
+    depths = [sample.depth for sample in made("niah_single_1", count=40)]
+    assert min(depths) < 0.1
+    assert max(depths) > 0.9
+
+
+@each_task
+def test_the_scorer_is_right_and_wrong_where_it_should_be(name: str) -> None:
+    task, (sample,) = TASKS[name], made(name, count=1)
+    everything = " and ".join(sample.answers)
+    assert task.score(f" I think: {everything.upper()}.", sample.answers) == 1
+    assert task.score("", sample.answers) == 0
+    (other,) = made(name, count=1, seed=1)
+    wrong = set(other.answers) - set(sample.answers)
+    assert task.score(" and ".join(sorted(wrong)), sample.answers) < 1 / len(sample.answers) + 1e-9
+
+
+def test_a_part_of_the_references_scores_its_fraction() -> None:
+    (sample,) = made("niah_multivalue", count=1)
+    assert TASKS["niah_multivalue"].score(", ".join(sample.answers[:3]), sample.answers) == 0.75
+
+
+@pytest.mark.parametrize("answer", [1, 2, 5, 64, 1000])
+@pytest.mark.parametrize("guess", [0, 1, 4, 64, 5000])
+def test_the_search_finds_the_largest_that_fits(answer: int, guess: int) -> None:
+    assert largest(lambda n: n <= answer, 1, guess) == answer
+
+
+def test_standard_error_of_the_mean() -> None:
+    mean, error = mean_and_standard_error([1.0, 0.0, 1.0, 1.0])
+    assert mean == 0.75
+    assert error == pytest.approx(0.25)
+    assert math.isnan(mean_and_standard_error([1.0])[1])
+    with pytest.raises(ValueError, match="got none"):
+        mean_and_standard_error([])
