@@ -37,7 +37,7 @@ from hf_sparse_attention.backends import cpu
 from hf_sparse_attention.calibration.api import DEFAULT_LEVELS, DEFAULT_TARGETS, settings_from
 from hf_sparse_attention.calibration.attach import attached, running
 from hf_sparse_attention.calibration.bundled import KINDS, bundled
-from hf_sparse_attention.calibration.choice import HeldOut
+from hf_sparse_attention.calibration.cost import HeldOut
 from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Observations
 from hf_sparse_attention.calibration.prediction import sparsities

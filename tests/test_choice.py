@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from hf_sparse_attention import calibrate, collect_stats, set_sparse_attention
-from hf_sparse_attention.calibration.choice import STEP, HeldOut, last_that
+from hf_sparse_attention.calibration.choice import STEP, last_that
+from hf_sparse_attention.calibration.cost import HeldOut
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.types import PHASES, BlockGeometry
 

@@ -21,7 +21,6 @@ from hf_sparse_attention.calibration.observation import DEFAULT_GEOMETRIES, Obse
 from hf_sparse_attention.calibration.prediction import with_predictions
 from hf_sparse_attention.calibration.progress import forget, run
 from hf_sparse_attention.calibration.report import write_report
-from hf_sparse_attention.calibration.report_plots import require_matplotlib
 from hf_sparse_attention.config import (
     GRANULARITIES,
     METHOD_NAMES,
@@ -31,6 +30,7 @@ from hf_sparse_attention.config import (
 )
 from hf_sparse_attention.fingerprint import ModelFingerprint
 from hf_sparse_attention.fits import Fit
+from hf_sparse_attention.html_report import require_matplotlib
 from hf_sparse_attention.sharding import is_first
 from hf_sparse_attention.thresholds import Thresholds
 from hf_sparse_attention.types import PHASES, BlockGeometry, Phase

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from hf_sparse_attention.calibration.observation import Observations
+from torch import Tensor
+
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.settings import ATTRIBUTE as SETTINGS
 from hf_sparse_attention.settings import LayerSettings
-from hf_sparse_attention.types import PHASES
+from hf_sparse_attention.types import PHASES, AttentionCall
 
 OBSERVER = "_sparse_attention_observer"
 
 
+class Observer(Protocol):
+    """What attention calls can be handed to, such as `Observations`."""
+
+    def observe(self, layer: int, call: AttentionCall) -> Tensor | None:
+        """Looks at `call` of layer number `layer`.
+
+        Returns:
+            The call's output `[B, Lq, Hq, Dv]`, if it came of looking; None has it computed, dense.
+        """
+
+
 @contextmanager
-def attached(model: Any, observations: Observations) -> Iterator[None]:
+def attached(model: Any, observer: Observer) -> Iterator[None]:
     """`model` in eval mode, its attention ours, dense, and watched; all as it was afterwards.
 
     Args:
         model: a transformers model with causal attention.
-        observations: what its attentions are handed to.
+        observer: what its attentions are handed to.
 
     Raises:
         TypeError: it is not a transformers model.
@@ -31,7 +43,7 @@ def attached(model: Any, observations: Observations) -> Iterator[None]:
     with running(model, exact):
         try:
             for module in model.modules():
-                vars(module)[OBSERVER] = observations
+                vars(module)[OBSERVER] = observer
             yield
         finally:
             for module in model.modules():

@@ -1,60 +1,24 @@
-"""Chooses targets and levels by what they cost on held-out text.
-
-The cost is what the sparse model's next-token distributions lose against the dense model's, at the
-end of each sample. For prefill the whole sample runs sparse. For decode the prompt runs dense, and
-the last positions are fed as decoding sees them: a few at a time against the cache, each position
-decided by itself.
-"""
+"""Chooses targets and levels by what they cost on held-out text (`cost.py`)."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_sparse_attention import config_values as values
-from hf_sparse_attention.calibration.attach import running
+from hf_sparse_attention.calibration.cost import Cost, HeldOut
 from hf_sparse_attention.config import SparseAttentionConfig
-from hf_sparse_attention.stats import collect_stats
-from hf_sparse_attention.types import DECODE_MAX_QUERIES, PHASES, BlockGeometry, Phase
+from hf_sparse_attention.types import PHASES, BlockGeometry, Phase
 
 logger = logging.getLogger(__name__)
 
-#: Positions at the end of each sample whose predictions are compared.
-POSITIONS: dict[Phase, int] = {"prefill": 256, "decode": 64}
 #: Targets are tried in these steps.
 STEP = 0.05
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What skipping costs on held-out text.
-
-    Args:
-        kl: Kullback-Leibler divergence of the sparse prediction from the dense one, in nats, mean
-            over positions.
-        ppl_increase: the sparse perplexity over the dense one, minus 1.
-        sparsity: measured while at it.
-    """
-
-    kl: float
-    ppl_increase: float
-    sparsity: float
-
-    def to_dict(self) -> dict[str, float]:
-        """JSON-ready, rounded."""
-        return {
-            "measured": round(self.sparsity, 4),
-            "kl": float(f"{self.kl:.4g}"),
-            "ppl_increase": float(f"{self.ppl_increase:.4g}"),
-        }
 
 
 @dataclass(frozen=True)
@@ -91,89 +55,6 @@ class Limits:
         return cost.kl <= self.max_kl.get(phase, math.inf) and (
             cost.ppl_increase <= self.max_ppl_increase.get(phase, math.inf)
         )
-
-
-class HeldOut:
-    """Held-out samples, what the dense model makes of them, and what skipping would cost there.
-
-    Args:
-        model: a transformers causal language model; left as it was.
-        samples: token ids `[n]` int64.
-        progress: show a bar, over sparse runs; how many there will be is not known.
-
-    Raises:
-        ValueError: no sample is long enough to be measured.
-    """
-
-    def __init__(self, model: Any, samples: Sequence[Tensor], progress: bool = False) -> None:
-        self.model = model
-        least = 2 * POSITIONS["decode"]
-        device = next(model.parameters()).device
-        self.samples = [x[None].to(device) for x in samples if len(x) >= least]
-        if not self.samples:
-            raise ValueError(f"validation: expected samples of at least {least} tokens, got none")
-        self._dense: dict[int, Tensor] = {}
-        self._bar = tqdm(desc="choosing by cost", unit=" runs", disable=not progress)
-
-    @torch.no_grad()
-    def costs(self, configs: Sequence[SparseAttentionConfig], phase: Phase) -> list[Cost]:
-        """What running `phase` under each of `configs` costs, averaged over the samples."""
-        by_sample = []
-        for n, ids in enumerate(self.samples):
-            with running(self.model, _DENSE):
-                if phase == "decode":
-                    cache = self._prompt(ids)
-                    dense = self._decoded(ids, cache)
-                else:
-                    cache = None
-                    if n not in self._dense:
-                        self._dense[n] = self._last_logits(ids)
-                    dense = self._dense[n]
-            by_sample.append([self._cost(config, phase, ids, dense, cache) for config in configs])
-        return [_mean(costs) for costs in zip(*by_sample, strict=True)]
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self._bar.close()
-
-    def _cost(
-        self, config: SparseAttentionConfig, phase: Phase, ids: Tensor, dense: Tensor, cache: Any
-    ) -> Cost:
-        with running(self.model, replace(config, min_length=0)):
-            with collect_stats(self.model, dropped_mass=False) as stats:
-                sparse = self._last_logits(ids) if cache is None else self._decoded(ids, cache)
-            sparsity = stats.sparsity(phase)
-        self._bar.update()
-        log_p, log_q = (x.float().log_softmax(-1) for x in (dense, sparse))
-        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-        follows = ids[0, 1 - len(sparse) :, None]
-        lost = float((log_p - log_q)[:-1].gather(1, follows).mean())
-        return Cost(max(kl, 0.0), math.expm1(lost), sparsity)
-
-    def _last_logits(self, ids: Tensor) -> Tensor:
-        """Of the last positions, `[positions, vocabulary]`."""
-        positions = POSITIONS["prefill"]
-        # Models that do not know the keyword take it for another layer's, and give all logits.
-        logits = self.model(ids, use_cache=False, logits_to_keep=positions).logits
-        last: Tensor = logits[0, -positions:].clone()
-        return last
-
-    def _prompt(self, ids: Tensor) -> Any:
-        """The cache of all but the positions that are decoded."""
-        prompt = ids[:, : -POSITIONS["decode"]]
-        return self.model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-    def _decoded(self, ids: Tensor, cache: Any) -> Tensor:
-        """Logits of the last positions, decoded against a copy of `cache`."""
-        cache = copy.deepcopy(cache)
-        parts = torch.split(ids[:, -POSITIONS["decode"] :], DECODE_MAX_QUERIES, dim=1)
-        logits = [
-            self.model(some, past_key_values=cache, use_cache=True).logits[0] for some in parts
-        ]
-        return torch.cat(logits)
-
-
-_DENSE = SparseAttentionConfig(max_dropped_mass=dict.fromkeys(PHASES, 0.0), min_length=2**62)
 
 
 def choose(
@@ -300,13 +181,3 @@ def last_that(fits: Callable[[int], bool], count: int) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low if low >= 0 else None
-
-
-def _mean(costs: Sequence[Cost]) -> Cost:
-    n = len(costs)
-    lost = sum(math.log1p(cost.ppl_increase) for cost in costs) / n
-    return Cost(
-        kl=sum(cost.kl for cost in costs) / n,
-        ppl_increase=math.expm1(lost),
-        sparsity=sum(cost.sparsity for cost in costs) / n,
-    )

@@ -214,14 +214,14 @@ def _arguments(model: nn.Module, observations: Observations) -> dict[str, Any]:
     """What a state belongs to, JSON-ready."""
     return {
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters",
-        "weights": _weights_digest(model),
+        "weights": weights_digest(model),
         "geometries": [repr(geometry) for geometry in observations.geometries.values()],
         "levels": list(observations.levels),
         "keep_sink": observations.keep_sink,
     }
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Of a few values of each parameter: enough to tell another checkpoint, quick for any size."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

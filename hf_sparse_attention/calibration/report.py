@@ -1,18 +1,11 @@
-"""The calibration report: one HTML file that shows why to trust the thresholds, or not to.
-
-Self-contained: the figures are inside of it, it loads nothing and needs no JavaScript.
-"""
+"""The calibration report: one HTML file that shows why to trust the thresholds, or not to."""
 
 from __future__ import annotations
 
-import base64
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
-
-from hf_sparse_attention._version import __version__
+from hf_sparse_attention import html_report
 from hf_sparse_attention.calibration import report_plots as plots
 from hf_sparse_attention.calibration.report_data import GOAL, report_data
 from hf_sparse_attention.config import SparseAttentionConfig
@@ -52,31 +45,6 @@ def write_report(
 
 def render(data: dict[str, Any], title: str = "") -> str:
     """The HTML of what `report_data` gives."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = _number
-    source = files("hf_sparse_attention.calibration") / "report.html.j2"
-    images = {name: _data_uri(draw(data)) for name, draw in FIGURES.items()}
-    return environment.from_string(source.read_text("utf-8")).render(
-        **data, figures=images, title=title, goal=GOAL, version=__version__
-    )
-
-
-def _data_uri(svg: bytes | None) -> str | None:
-    return None if svg is None else f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
-
-def _number(value: Any) -> str:
-    """For people: four digits at most, a dash for what is not known, a tuple is a range."""
-    if value is None or value == []:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_number(x)}" for name, x in value.items()) or "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return " to ".join(dict.fromkeys(map(_number, value)))
-    if isinstance(value, list):
-        return ", ".join(map(_number, value))
-    return str(value)
+    figures = {name: draw(data) for name, draw in FIGURES.items()}
+    about = {"title": title, "goal": GOAL}
+    return html_report.render(__package__, "report.html.j2", {**data, **about}, figures)

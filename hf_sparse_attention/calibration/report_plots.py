@@ -1,38 +1,23 @@
-"""The report's figures, each an SVG as bytes; matplotlib draws them, without any window."""
+"""The report's figures, each an SVG as bytes."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 from hf_sparse_attention.calibration.report_data import GOAL
+from hf_sparse_attention.html_report import BAND, COLOURS, drawing, shades
 from hf_sparse_attention.types import PHASES
 
 _Rows = Sequence[dict[str, Any]]
-_STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.alpha": 0.3,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: smaller, and sharp at any size
-}
-BAND = "#edf2f7"
-_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#97266d", "#285e61", "#4a5568")
 
 
 def sparsity_against_lambda(data: dict[str, Any]) -> bytes | None:
     """A panel for each phase and geometry, a line for each length."""
 
     def draw(axis: Any, rows: _Rows) -> None:
-        for row, colour in zip(rows, _shades(len(rows)), strict=True):
+        for row, colour in zip(rows, shades(len(rows)), strict=True):
             axis.plot(row["lambda"], row["sparsity"], color=colour, label=f"{row['length']} keys")
         axis.set(xscale="log", ylim=(0, 1), xlabel="lambda", ylabel="sparsity")
         axis.legend()
@@ -45,7 +30,7 @@ def fit_against_length(data: dict[str, Any]) -> bytes | None:
 
     def draw(axis: Any, rows: _Rows) -> None:
         targets = sorted({row["target"] for row in rows})
-        for target, colour in zip(targets, _COLOURS, strict=False):
+        for target, colour in zip(targets, COLOURS, strict=False):
             own = [row for row in rows if row["target"] == target]
             lengths = [row["length"] for row in own]
             factors = [row["scale_factor"] for row in own]
@@ -83,7 +68,7 @@ def target_against_measured(data: dict[str, Any]) -> bytes | None:
         axis.axline((0, 0), slope=1, color="#a0aec0", linewidth=1)
         axis.fill_between([0, 1], [-GOAL, 1 - GOAL], [GOAL, 1 + GOAL], color=BAND)
         lengths = sorted({row["length"] for row in rows})
-        for length, colour in zip(lengths, _shades(len(lengths)), strict=True):
+        for length, colour in zip(lengths, shades(len(lengths)), strict=True):
             own = [row for row in rows if row["length"] == length]
             x, y = [row["target"] for row in own], [row["measured"] for row in own]
             axis.plot(x, y, "o", color=colour, markersize=5, label=f"{length} keys")
@@ -103,8 +88,8 @@ def _panels(rows: _Rows, draw: Callable[[Any, _Rows], None]) -> bytes | None:
     names = list(dict.fromkeys(row["geometry"] for row in rows))
     phases = [phase for phase in PHASES if any(row["phase"] == phase for row in rows)]
     shape = (1, len(phases)) if len(names) == 1 else (len(phases), len(names))
-    with _figure(3.6 * shape[1], 3.1 * shape[0]) as (figure, buffer):
-        axes = figure.subplots(*shape, squeeze=False).flat
+    with drawing(3.6 * shape[1], 3.1 * shape[0]) as made:
+        axes = made.figure.subplots(*shape, squeeze=False).flat
         for axis, (phase, name) in zip(axes, product(phases, names), strict=True):
             own = [row for row in rows if (row["geometry"], row["phase"]) == (name, phase)]
             if own:
@@ -112,42 +97,4 @@ def _panels(rows: _Rows, draw: Callable[[Any, _Rows], None]) -> bytes | None:
                 axis.set_title(f"{phase}, {name}")
             else:
                 axis.set_visible(False)
-    return _clean(buffer.getvalue())
-
-
-def require_matplotlib() -> None:
-    """Raises ImportError, with what to install, if matplotlib is missing: before any work."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "report: expected matplotlib, found none; pip install 'hf-sparse-attention[plots]'"
-        ) from error
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
-    require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with rc_context(_STYLE):
-        layout = ConstrainedLayoutEngine(h_pad=0.12)
-        figure, buffer = Figure(figsize=(width, height), layout=layout), io.BytesIO()
-        yield figure, buffer
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-
-
-def _clean(svg: bytes) -> bytes:
-    """Without the document type, which names a server: the report refers to nothing outside."""
-    return re.sub(rb"<!DOCTYPE.*?>\s*", b"", svg, flags=re.DOTALL)
-
-
-def _shades(count: int) -> list[str]:
-    """From light to dark, as lengths grow."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    return [to_hex(colormaps["viridis"](0.85 * (1 - i / max(1, count - 1)))) for i in range(count)]
+    return made.svg
