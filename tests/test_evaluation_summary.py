@@ -1,0 +1,140 @@
+"""What a summary makes of a result: checked on numbers that can be worked out by hand."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from hf_sparse_attention.evaluation import summary
+from hf_sparse_attention.evaluation.markdown import markdown
+
+
+def cell(task, length, setting, scores, seconds, rate, **more):
+    return {
+        "task": task,
+        "length": length,
+        "setting": setting,
+        "scores": scores,
+        "first_token_s": seconds,
+        "tokens_per_s": rate,
+        **more,
+    }
+
+
+def skipped(*sparsity):
+    rest = {name: [0.1] * len(sparsity) for name in ("layers", "heads", "least", "most", "p50")}
+    return {"sparsity": list(sparsity), **rest, "p99": [0.01, 0.03], "max": [0.1, 0.2]}
+
+
+@pytest.fixture
+def result():
+    """Two tasks, two lengths, two samples; `blasst:0.5` is slower at 1024 and faster at 2048."""
+    cells = []
+    for length, fast in ((1024, 0.5), (2048, 2.0)):
+        cells += [
+            cell("a", length, "dense", [1.0, 1.0], [2.0, 2.0], [10.0, 10.0], depths=[0.0, 0.96]),
+            cell("b", length, "dense", [0.5, 0.0], [2.0, 2.0], [10.0, None]),
+            cell(
+                *("a", length, "blasst:0.5", [1.0, 0.0], [2.0 / fast] * 2, [10.0 * fast] * 2),
+                depths=[0.0, 0.96],
+                prefill=skipped(0.4, 0.6),
+            ),
+            cell(
+                *("b", length, "blasst:0.5", [0.5, 0.5], [2.0 / fast] * 2, [10.0 * fast, None]),
+                prefill=skipped(0.4, 0.6),
+            ),
+        ]
+    texts = [
+        {"setting": name, "length": length, "phase": phase, "kl": kl, "nll": [1.0, 2.0]}
+        for name, kl in (("dense", [0.0, 0.0]), ("blasst:0.5", [0.1, 0.3]))
+        for length in (1024, 2048)
+        for phase in ("prefill", "decode")
+    ]
+    return {
+        "model": {"name": "m", "dtype": "float32", "class": "C", "parameters": 1, "weights": "w"},
+        "machine": {"device": "d", "threads": 1, "hf_sparse_attention": "0", "torch": "2"},
+        "configuration": {
+            "tasks": ["a", "b"],
+            "lengths": [1024, 2048],
+            "settings": ["dense", "blasst:0.5"],
+            "samples": 2,
+            "geometry": "64x64",
+            "thresholds": "calibrated for this evaluation",
+        },
+        "calibration": {},
+        "seconds": 60.0,
+        "cells": cells,
+        "texts": texts,
+    }
+
+
+def test_by_setting(result):
+    dense, blasst = summary.by_setting(result)
+    assert dense["accuracy"] == pytest.approx((1.0 + 0.25) / 2)
+    assert dense["change"] == 0.0
+    assert dense["prefill"]["sparsity"] is None
+    assert blasst["accuracy"] == pytest.approx(0.5)
+    # Four cells of two samples: (1, 0) and (0.5, 0.5) at both lengths.
+    spread = statistics.stdev([1.0, 0.0]) / math.sqrt(2)
+    assert blasst["standard_error"] == pytest.approx(math.sqrt(2 * spread**2) / 4)
+    assert blasst["change"] == pytest.approx((-0.5 + 0.25) / 2)
+    differences = [statistics.stdev(x) / math.sqrt(2) for x in ([0.0, -1.0], [0.0, 0.5])]
+    expected = math.sqrt(2 * sum(x**2 for x in differences)) / 4
+    assert blasst["change_error"] == pytest.approx(expected)
+    assert blasst["prefill"]["sparsity"] == pytest.approx(0.5)
+    assert blasst["prefill"]["samples"] == pytest.approx(0.1)
+    assert blasst["prefill"]["max"] == 0.2
+    assert blasst["prefill_kl"][0] == pytest.approx(0.2)
+    assert blasst["decode_perplexity"] == pytest.approx(math.exp(1.5))
+
+
+def test_by_length_and_break_even(result):
+    rows = {(row["length"], row["setting"]): row for row in summary.by_length(result)}
+    assert rows[1024, "blasst:0.5"]["first_token_speedup"] == pytest.approx(0.5)
+    assert rows[2048, "blasst:0.5"]["decode_speedup"] == pytest.approx(2.0)
+    even = {"first_token_speedup": 2048, "decode_speedup": 2048}
+    assert summary.break_even(result) == {"blasst:0.5": even}
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ({1: 1.1, 2: 1.2}, 1),
+        ({1: 1.1, 2: 0.9, 4: 1.1}, 4),
+        ({1: 1.1, 2: 0.9}, None),
+        ({1: None, 2: 1.5}, 2),
+        ({}, None),
+    ],
+)
+def test_shortest_faster(speedups, expected):
+    assert summary.shortest_faster(speedups) == expected
+
+
+def test_depths(result):
+    found = summary.depths(result)["blasst:0.5"]
+    assert [(row["depth"], row["length"], row["accuracy"]) for row in found] == [
+        (0.0, 1024, 1.0),
+        (0.0, 2048, 1.0),
+        (1.0, 1024, 0.0),
+        (1.0, 2048, 0.0),
+    ]
+
+
+def test_a_single_sample_has_no_error(result):
+    for each in result["cells"]:
+        for name in ("scores", "first_token_s", "tokens_per_s", "depths"):
+            each[name] = each.get(name, [])[:1]
+    row = summary.by_setting(result)[1]
+    assert row["standard_error"] is None
+    assert row["change_error"] is None
+    json.dumps(summary.by_task(result), allow_nan=False)
+
+
+def test_markdown(result):
+    text = markdown(result)
+    assert "| blasst:0.5 | 50.0 ± 17.7 | -12.5 ± 19.8 | 0.2 | 4.48 | 50% ± 10/10/10 |" in text
+    assert "| a | 1024 | 100.0 ± 0.0 | 50.0 ± 50.0 |" in text
+    assert "| blasst:0.5 | 2048 tokens | 2048 tokens |" in text
+    for line in text.splitlines():  # every row of a table has as many cells as its head
+        assert not line.startswith("|") or line.count("|") in (4, 5, 10)
