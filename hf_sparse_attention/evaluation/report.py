@@ -1,0 +1,75 @@
+"""The evaluation report: one HTML file with what is lost, what is skipped, and what is won."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_attention import html_report
+from hf_sparse_attention.evaluation import markdown, summary
+from hf_sparse_attention.evaluation import report_plots as plots
+from hf_sparse_attention.thresholds import write_atomically
+
+FIGURES = {
+    "sparsity": plots.accuracy_against_sparsity,
+    "speed": plots.accuracy_against_speed,
+    "length": plots.speed_against_length,
+    "depth": plots.depth_maps,
+}
+
+
+def write_report(result: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the report of what `evaluate` returned to `path`, atomically.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    write_atomically(Path(path), render(result).encode())
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The HTML of the report."""
+    names = summary.settings_of(result)
+    about = result["configuration"]
+    data = {
+        "title": result["model"]["name"],
+        "facts": {
+            "model": f"{result['model']['class']}, {result['model']['parameters']:,} parameters, "
+            f"{result['model']['dtype']}, weights {result['model']['weights']}",
+            **{name.replace("_", " "): value for name, value in about.items()},
+            "thresholds": _thresholds(result),
+            **{name.replace("_", " "): value for name, value in result["machine"].items()},
+            "minutes on tasks": round(result["seconds"] / 60, 1),
+        },
+        "columns": markdown.SETTING_COLUMNS,
+        "legend": markdown.LEGEND,
+        "settings": markdown.setting_cells(result),
+        "lengths": {
+            length: markdown.setting_cells(result, [length]) for length in about["lengths"]
+        },
+        "certificates": [
+            {"setting": row["setting"], "phase": phase, **row[phase]}
+            for row in summary.by_setting(result)
+            for phase in ("prefill", "decode")
+            if row[phase]["max"] is not None
+        ],
+        "names": names,
+        "tasks": markdown.task_cells(result),
+        "break_even": [
+            {"setting": name, **found} for name, found in summary.break_even(result).items()
+        ],
+    }
+    figures = {name: draw(result) for name, draw in FIGURES.items()}
+    return html_report.render(__package__, "report.html.j2", data, figures)
+
+
+def _thresholds(result: Mapping[str, Any]) -> str:
+    """Where they are from, in words: settings of the user's would fill pages."""
+    if not result["calibration"]:
+        return "none needed"
+    given = not isinstance(result["configuration"]["thresholds"], str)
+    source = "given" if given else "calibrated for this evaluation"
+    (about, *_) = result["calibration"].values()
+    told = [f"{name}: {html_report.number(value)}" for name, value in about.items()]
+    return "; ".join([source, *told])
