@@ -49,7 +49,7 @@ def push(
         repo_id: such as `"org/model"`: a model, an adapter, or a repository for this alone.
         model: a transformers or PEFT model, to be pushed in the same commit.
         tokenizer: the same for a tokenizer or processor.
-        attachments: plots and reports for the model card: local files by title.
+        attachments: plots, reports and Markdown for the model card: local files by title.
         base_model: the repository of the model that these thresholds are for, if it is another.
         revision: branch to push to, made if it is not there; None is main.
         private: whether a repository made here is private; None: as its owner has set.

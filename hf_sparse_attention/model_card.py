@@ -56,7 +56,8 @@ def write_section(
         config: what the section describes.
         repo_id: the repository that the usage example loads.
         revision: the branch that it loads; None is main.
-        attachments: local files by title; images are shown, other files linked.
+        attachments: local files by title; images are shown, Markdown goes into the section as it
+            is, other files are linked.
         base_model: the model that the settings are for; None: what the metadata says, if it does.
 
     Raises:
@@ -66,6 +67,9 @@ def write_section(
     metadata = _metadata(readme, base_model)
     lines = []
     for title, file in attachments.items():
+        if Path(file).suffix.lower() == ".md":
+            lines.append(Path(file).read_text("utf-8").strip())
+            continue
         place = f"{ATTACHMENTS}/{Path(file).name}"
         (folder / ATTACHMENTS).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / place)

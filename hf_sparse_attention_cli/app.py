@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_sparse_attention_cli import calibrate, inspect, push, transfer
+from hf_sparse_attention_cli import benchmark, calibrate, evaluate, inspect, push, transfer
 
 #: What bad input, missing files, a Hub that refuses and a missing optional package raise.
 REFUSALS = (ValueError, OSError, ImportError)
@@ -52,7 +52,7 @@ def _main(
         bool, typer.Option("--traceback", help="Show where an error comes from.")
     ] = False,
 ) -> None:
-    """Block-skipping attention for transformers: calibrate a model, look at it, hand it on.
+    """Block-skipping attention for transformers: calibrate a model, evaluate it, hand it on.
 
     Start with `hf-sparse-attention calibrate org/model --out calibrated --with-model`; then
     `from_pretrained("calibrated", attn_implementation="blasst")` runs it.
@@ -80,6 +80,20 @@ _command(
     "hf-sparse-attention calibrate model.gguf --out calibrated --target-sparsity 0.5,0.3,0.7",
 )
 _command(
+    evaluate.evaluate,
+    "evaluate",
+    "hf-sparse-attention evaluate org/model --out evaluated --report evaluated/report.html",
+    "hf-sparse-attention evaluate org/model --out evaluated --tasks niah_single_1,vt --samples 50",
+    "hf-sparse-attention evaluate calibrated --out evaluated --settings blasst:0.5,blasst:0.5:head",
+    "hf-sparse-attention evaluate org/model --out evaluated --resume",
+)
+_command(
+    benchmark.benchmark,
+    "benchmark",
+    "hf-sparse-attention benchmark org/model --lengths 1024,4096,16384",
+    "hf-sparse-attention benchmark calibrated --settings blasst:0.5,blasst:0.7 --out speed.json",
+)
+_command(
     inspect.inspect,
     "inspect",
     "hf-sparse-attention inspect calibrated",
@@ -90,6 +104,7 @@ _command(
     "push",
     "hf-sparse-attention push calibrated org/model",
     "hf-sparse-attention push calibrated org/model --with-model --private",
+    "hf-sparse-attention push calibrated org/model --evaluation evaluated",
 )
 _command(
     transfer.export,

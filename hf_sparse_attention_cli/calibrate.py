@@ -8,6 +8,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hf_sparse_attention_cli import loading
+from hf_sparse_attention_cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    given,
+)
 from hf_sparse_attention_cli.push import REPORT_NAME, check_login, push_settings
 from hf_sparse_attention_cli.values import (
     BY_PHASE,
@@ -20,21 +32,11 @@ from hf_sparse_attention_cli.values import (
 )
 
 #: The groups that --help shows the options in.
-TEXT, FITTED, LIMITS, LOADING = (
-    "The text",
-    "What is fitted",
-    "Choosing by cost",
-    "Loading the model",
-)
+TEXT, FITTED, LIMITS = "The text", "What is fitted", "Choosing by cost"
 
 
 def calibrate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A folder, a Hub repository such as org/model, or a .gguf file."
-        ),
-    ],
+    model: Model,
     out: Annotated[
         Path, typer.Option(help="Folder for the settings; may be the model's own, or a new one.")
     ],
@@ -150,50 +152,12 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            rich_help_panel=LOADING, help="Of the weights; auto is what the model was saved in."
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=LOADING,
-            help="Such as cpu or cuda:1.",
-            show_default="a GPU if there is one",
-        ),
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=LOADING,
-            help="`auto` spreads the model over all devices (needs accelerate).",
-            show_default=False,
-        ),
-    ] = None,
-    gguf_file: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=LOADING,
-            help="A GGUF file in the folder or repository.",
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=LOADING, help="Branch, tag or commit of MODEL.", show_default=False
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            rich_help_panel=LOADING,
-            help="Run the repository's own model code.",
-        ),
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Start anew; else a run that was killed continues in --out."),
@@ -223,8 +187,8 @@ def calibrate(
             show_default="as its owner has set",
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Calibrate a model on some text, and store the settings.
 
@@ -248,20 +212,19 @@ def calibrate(
     from hf_sparse_attention.sharding import is_first
     from hf_sparse_attention_cli.summary import show, summarise
 
-    options = {
-        "samples": samples,
-        "lengths": lengths,
-        "target_sparsity": target_sparsity,
-        "levels": levels,
-        "keep_sink": keep_sink,
-        "granularity": granularity,
-        "geometries": geometries,
-        "max_kl": max_kl,
-        "max_ppl_increase": max_ppl_increase,
-        "validation": validation,
-        "report": out / REPORT_NAME if report else None,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    options = given(
+        samples=samples,
+        lengths=lengths,
+        target_sparsity=target_sparsity,
+        levels=levels,
+        keep_sink=keep_sink,
+        granularity=granularity,
+        geometries=geometries,
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        validation=validation,
+        report=out / REPORT_NAME if report else None,
+    )
     if fresh:
         forget(out)
     config = run(
@@ -271,7 +234,7 @@ def calibrate(
         tokenizer=tokenizer,
         output_dir=out,
         progress=not quiet,
-        **given,
+        **options,
     )
     if not is_first():
         return

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: The calibration report's file beside the settings.
 REPORT_NAME = "calibration_report.html"
+#: What `evaluate` writes for a model card.
+EVALUATION_NAME = "evaluation.md"
 
 
 def push(
@@ -29,6 +31,14 @@ def push(
             "--with-model", help="The folder's model and tokenizer, too, not just settings."
         ),
     ] = False,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `evaluate` wrote to --out: its tables go into the model card.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Annotated[
         str | None,
         typer.Option(help="Branch; made if it is not there.", show_default="main"),
@@ -58,6 +68,10 @@ def push(
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder, found none")
+    if evaluation is not None and not (evaluation / EVALUATION_NAME).is_file():
+        raise FileNotFoundError(
+            f"--evaluation: expected a folder with {EVALUATION_NAME}, got {evaluation}"
+        )
     config = SparseAttentionConfig.from_pretrained(folder)
     options: dict[str, Any] = {"revision": revision, "private": private}
     options |= {"create_pr": create_pr, "commit_message": message}
@@ -66,7 +80,7 @@ def push(
 
         options["model"] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         options["tokenizer"] = AutoTokenizer.from_pretrained(folder)
-    pushed = push_settings(config, repo, folder, **options)
+    pushed = push_settings(config, repo, folder, evaluation, **options)
     if json:
         print_json(pushed)
     else:
@@ -81,11 +95,20 @@ def check_login() -> None:
 
 
 def push_settings(
-    config: SparseAttentionConfig, repo: str, folder: Path, **options: Any
+    config: SparseAttentionConfig,
+    repo: str,
+    folder: Path,
+    evaluation: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Pushes `config`, with the report in `folder` if there is one; where it can be found then."""
+    """Pushes `config`, with the report in `folder` if there is one; where it can be found then.
+
+    And with the tables of an evaluation, if one is given.
+    """
     report = folder / REPORT_NAME
     attachments = {"Calibration report": report} if report.is_file() else {}
+    if evaluation is not None:
+        attachments["Evaluation"] = evaluation / EVALUATION_NAME
     commit = config.push_to_hub(repo, attachments=attachments, **options)
     return {
         "repo": repo,

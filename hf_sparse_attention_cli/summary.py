@@ -146,14 +146,14 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _table(*names: str) -> Table:
+def plain_table(*names: str) -> Table:
     """Narrow enough for 80 columns."""
     return Table(*names, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _fits(fits: dict[str, Any]) -> Table:
     names = ("blocks", "phase", "a", "b", "keys", "targets", "R²", "residual", "runs")
-    table = _table(*names)
+    table = plain_table(*names)
     for name, fit in fits.items():
         for phase in PHASES:
             if phase in fit:
@@ -173,7 +173,7 @@ def _range(ends: list[float] | None) -> str:
 
 def _levels(predicted: dict[str, Any], levels: list[int]) -> Table:
     """BSFA: the sparsity that each level gave on the calibration data."""
-    table = _table("BSFA", "phase", *(f"k = {level}" for level in levels))
+    table = plain_table("BSFA", "phase", *(f"k = {level}" for level in levels))
     for name, phases in predicted.items():
         for phase, found in phases.items():
             table.add_row(name, phase, *(f"{found.get(str(k), 0):.3f}" for k in levels))
@@ -181,7 +181,7 @@ def _levels(predicted: dict[str, Any], levels: list[int]) -> Table:
 
 
 def _tables(tables: dict[str, list[int]]) -> Table:
-    table = _table("table", "shape")
+    table = plain_table("table", "shape")
     for name, shape in tables.items():
         table.add_row(name, " x ".join(map(str, shape)))
     return table
