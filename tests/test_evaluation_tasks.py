@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,9 +13,15 @@ from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_sparse_attention.calibration.bundled import KINDS, PARTS, bundled
 from hf_sparse_attention.evaluation.samples import Sample, mean_and_standard_error
 from hf_sparse_attention.evaluation.tasks import TASKS
 from hf_sparse_attention.evaluation.tasks.base import largest
+from hf_sparse_attention.evaluation.tasks.counting import different_words
+from hf_sparse_attention.evaluation.tasks.documents import PoemQuestions, source_and_others
+from hf_sparse_attention.evaluation.tasks.draws import Draws
+from hf_sparse_attention.evaluation.tasks.haystacks import all_words
+from hf_sparse_attention.evaluation.tasks.milton import QUESTIONS, Question
 
 
 def word_tokenizer() -> Any:
@@ -29,6 +38,7 @@ each_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 needle_tasks = pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
 
 
+@cache
 def made(name: str, kind: str = "words", count: int = 3, seed: int = 0) -> list[Sample]:
     return TASKS[name].samples(TOKENIZERS[kind], LENGTHS[kind], count, seed)
 
@@ -46,7 +56,7 @@ def test_prompts_fill_the_length_and_leave_room_for_the_answer(name: str, kind: 
 
 @each_task
 def test_same_seed_same_samples_and_another_seed_others(name: str) -> None:
-    assert made(name) == made(name)
+    assert made(name) == made.__wrapped__(name)
     prompts = {sample.prompt for seed in (0, 1) for sample in made(name, seed=seed)}
     assert len(prompts) == 6
 
@@ -145,3 +155,104 @@ def test_standard_error_of_the_mean() -> None:
     assert math.isnan(mean_and_standard_error([1.0])[1])
     with pytest.raises(ValueError, match="got none"):
         mean_and_standard_error([])
+
+
+def test_variables_are_assigned_before_they_are_handed_on() -> None:
+    for sample in made("vt"):
+        _, _, text = sample.question.split("Follow the variable assignments")
+        assignments = re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)\.$", text, re.MULTILINE)
+        assert [name for name, _ in assignments] == list(sample.answers)
+        value = assignments[0][1]
+        assert text.rstrip().endswith(f"hold the value {value}?")
+        assert [source for _, source in assignments] == [value, *sample.answers[:-1]]
+        assert len(sample.answers) == 5
+
+
+@pytest.mark.parametrize(("length", "often", "seldom"), [(3000, 6, 1), (6000, 30, 3)])
+def test_common_words_are_the_commonest(length: int, often: int, seldom: int) -> None:
+    for sample in TASKS["cwe"].samples(TOKENIZERS["words"], length, 2, 0):
+        listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", sample.question.split("Here is")[-1])
+        counts = Counter(listed)
+        assert {word: counts[word] for word in sample.answers} == dict.fromkeys(
+            sample.answers, often
+        )
+        assert {counts[word] for word in counts if word not in sample.answers} == {seldom}
+        assert len(set(sample.answers)) == 10
+
+
+def test_a_list_longer_than_the_dictionary_still_has_no_word_twice() -> None:
+    words = different_words(len(all_words()) + 100, Draws("any"))
+    assert len(set(words)) == len(words)
+
+
+def test_frequent_words_follow_zipf_behind_the_noise() -> None:
+    for sample in made("fwe"):
+        text = sample.question.split("come most often. ")[1].split("\nQuestion")[0]
+        counts = Counter(text.split()).most_common()
+        assert counts[0][0] == "..."
+        assert tuple(word for word, _ in counts[1:4]) == sample.answers
+        assert counts[3][1] > counts[4][1], "the third is no tie"
+        assert counts[0][1] / counts[1][1] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.anchor)
+def test_one_passage_answers_each_question(question: Question) -> None:
+    source, others = source_and_others(question)
+    assert any(answer in source for answer in question.answers)
+    assert not any(
+        answer.lower() in other.lower() for answer in question.answers for other in others
+    )
+    assert len(others) > 400, "the answer is no common word"
+    assert not any(answer.lower() in question.text.lower() for answer in question.answers)
+
+
+@pytest.mark.parametrize("name", ["qa_1", "qa_2"])
+def test_the_answer_is_in_one_document(name: str) -> None:
+    for sample in made(name, count=6):
+        documents = re.split(r"\n\nDocument \d+:\n", sample.question)[1:]
+        assert len(documents) > 10
+        having = [text for text in documents if TASKS[name].score(text, sample.answers) == 1]
+        assert len(having) == 1
+
+
+def test_linked_questions_take_both_documents() -> None:
+    for sample in made("qa_2", count=6):
+        person = re.search(r"in which (\w+ \w+) was born", sample.question)
+        assert person
+        documents = re.split(r"\n\nDocument \d+:\n", sample.question)[1:]
+        (about,) = (text for text in documents if text.startswith(person[1]))
+        town = re.search(r"born in (\w+) in", about)
+        assert town
+        assert not TASKS["qa_2"].score(about, sample.answers)
+        (answering,) = (text for text in documents if TASKS["qa_2"].score(text, sample.answers))
+        assert answering.startswith(f"{town[1]}\n")
+
+
+def test_documents_longer_than_the_poem_come_again() -> None:
+    task = TASKS["qa_1"]
+    assert isinstance(task, PoemQuestions)
+    _, _, documents = task.documents(1000, Draws("any"))
+    assert len(documents) == 1000 > len(set(documents)) > 400
+
+
+@each_task
+def test_the_context_says_what_is_asked_for(name: str) -> None:
+    for sample in made(name):
+        assert TASKS[name].score(sample.question, sample.answers) == 1
+
+
+@cache
+def calibrated() -> set[tuple[str, ...]]:
+    return {eight for kind in KINDS for part in PARTS for eight in eights(bundled(kind, part))}
+
+
+@each_task
+def test_nothing_that_is_evaluated_on_is_calibrated_on(name: str) -> None:
+    """Not eight words in a row."""
+    for sample in made(name):
+        assert calibrated().isdisjoint(eights(sample.prompt))
+
+
+def eights(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return set(zip(*(words[i:] for i in range(8)), strict=False))

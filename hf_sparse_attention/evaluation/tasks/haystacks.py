@@ -18,8 +18,26 @@ _BOOK_HEADING = re.compile(r"^Book [IVX]+ *$", re.MULTILINE)
 @cache
 def essay_words() -> tuple[str, ...]:
     """The words of *Paradise Lost*, which stands where RULER has the essays of Paul Graham."""
+    return tuple(_poem().split())
+
+
+@cache
+def passages() -> tuple[str, ...]:
+    """The same text cut into passages at the ends of sentences, from 16 lines of verse on."""
+    made: list[str] = []
+    lines: list[str] = []
+    for line in filter(None, map(str.strip, _poem().split("\n"))):
+        lines.append(line)
+        if len(lines) >= 16 and line[-1] in ".!?":
+            made.append(" ".join(lines))
+            lines = []
+    return (*made, " ".join(lines)) if lines else tuple(made)
+
+
+@cache
+def _poem() -> str:
     poem, _ = bundled_file("paradise_lost.txt").split("[The End]")
-    return tuple(_BOOK_HEADING.sub("", poem).split())
+    return _BOOK_HEADING.sub("", poem)
 
 
 @cache
