@@ -15,9 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_sparse_attention.calibration.bundled import KINDS, PARTS, bundled
 from hf_sparse_attention.evaluation.samples import Sample, mean_and_standard_error
-from hf_sparse_attention.evaluation.tasks import TASKS
+from hf_sparse_attention.evaluation.tasks import STRESS_TASKS, TASKS
 from hf_sparse_attention.evaluation.tasks.base import largest
 from hf_sparse_attention.evaluation.tasks.counting import different_words
+from hf_sparse_attention.evaluation.tasks.depths import (
+    DEPTH_GRID,
+    needle_depth_samples,
+    token_span,
+)
 from hf_sparse_attention.evaluation.tasks.documents import PoemQuestions, source_and_others
 from hf_sparse_attention.evaluation.tasks.draws import Draws
 from hf_sparse_attention.evaluation.tasks.haystacks import all_words
@@ -239,6 +244,31 @@ def test_documents_longer_than_the_poem_come_again() -> None:
 def test_the_context_says_what_is_asked_for(name: str) -> None:
     for sample in made(name):
         assert TASKS[name].score(sample.question, sample.answers) == 1
+
+
+@each_tokenizer
+def test_the_stress_tests_needle_lies_in_one_block_at_each_depth_of_the_grid(kind: str) -> None:
+    tokenizer, block = TOKENIZERS[kind], {"bytes": 128, "words": 64}[kind]
+    length = {"bytes": 6000, "words": 1500}[kind]
+    samples = needle_depth_samples(tokenizer, length, block=block)
+    assert [sample.depth for sample in samples] == list(DEPTH_GRID)
+    for sample in samples:
+        value = sample.answers[0]
+        needle = re.search(
+            rf"One of the special magic numbers for (\S+) is: {value}\.", sample.prompt
+        )
+        assert needle
+        first, last = token_span(tokenizer, sample.prompt, needle[0])
+        assert first // block == last // block
+        text, decoys = sample.question.split("\n")[1].split(f" Many have asked for {needle[1]}. ")
+        before, after = text.split(needle[0])
+        off = block / len(tokenizer(text).input_ids)
+        assert len(before) / (len(before) + len(after)) == pytest.approx(sample.depth, abs=off)
+        assert decoys.count(needle[1]) == 5
+        assert value not in decoys
+        assert 0.9 * (length - 32) < len(tokenizer(sample.prompt).input_ids) <= length - 32
+        assert STRESS_TASKS["needle_depths"].score(f"It is {value}", sample.answers) == 1
+        assert STRESS_TASKS["needle_depths"].score("It is 1234567", sample.answers) == 0
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_sparse_attention.evaluation.samples import Task
-from hf_sparse_attention.evaluation.tasks import TASKS
+from hf_sparse_attention.evaluation.tasks import STRESS_TASKS, TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -16,15 +16,16 @@ def chosen_tasks(tasks: Sequence[str | Task] | None) -> list[Task]:
     """The tasks themselves.
 
     Raises:
-        ValueError: a name that is none of `TASKS`, or no task at all.
+        ValueError: a name that is none of `TASKS` or `STRESS_TASKS`, or no task at all.
     """
+    known = TASKS | STRESS_TASKS
     names = list(TASKS) if tasks is None else tasks
-    unknown = [x for x in names if isinstance(x, str) and x not in TASKS]
+    unknown = [x for x in names if isinstance(x, str) and x not in known]
     if unknown or not names:
         raise ValueError(
-            f"tasks: expected names among {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}"
+            f"tasks: expected names among {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
-    return [TASKS[x] if isinstance(x, str) else x for x in names]
+    return [known[x] if isinstance(x, str) else x for x in names]
 
 
 def checked_lengths(model: Any, lengths: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hf_sparse_attention.evaluation.samples import Task
 from hf_sparse_attention.evaluation.tasks.counting import CommonWords, FrequentWords
+from hf_sparse_attention.evaluation.tasks.depths import NeedleDepths
 from hf_sparse_attention.evaluation.tasks.documents import LinkedQuestions, PoemQuestions
 from hf_sparse_attention.evaluation.tasks.needles import NEEDLE_TASKS
 from hf_sparse_attention.evaluation.tasks.tracking import VariableTracking
@@ -22,3 +23,5 @@ _ALL: tuple[Task, ...] = (
 )
 #: Every task under its name in RULER.
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+#: Not in RULER: only when asked for by name.
+STRESS_TASKS: dict[str, Task] = {"needle_depths": NeedleDepths()}
