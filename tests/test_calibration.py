@@ -106,6 +106,16 @@ def run(model, length=480, count=3):
     return stats
 
 
+def test_the_level_nearest_to_the_target_runs(model):
+    """Of 30 blocks in a row, 2, 8 and 30 kept besides sink and diagonal skip 76%, 42% and none."""
+    settings = {"levels": (2, 8, 30), "geometries": BlockGeometry(16, 16), "progress": False}
+    settings["method"] = "bsfa"
+    data = tokens(480, 2)
+    for target, level in ((0.8, 2), (0.5, 8), (0.05, 30), (None, 8)):
+        assert calibrate(model, data, target_sparsity=target, **settings).level == level
+    assert calibrate(model, data, target_sparsity=[0.75, 0.3], **settings).level == 2
+
+
 def test_bsfa_on_unseen_inputs(model):
     """Predicted density as in section 5.1 of the paper: k, sink and diagonal of the visible."""
     geometry = BlockGeometry(16, 16)

@@ -261,6 +261,7 @@ def test_inductor() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # it compiles the kernel once more, for all levels
 def test_sanitizers() -> None:
     """Address and undefined-behaviour sanitizers over all features, levels, and both directions."""
     output = REPO / ".build" / "sanitized"

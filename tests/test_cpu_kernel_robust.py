@@ -81,6 +81,23 @@ def test_thread_counts_with_the_filter(geometry: str, dtype: torch.dtype) -> Non
             assert torch.equal(getattr(one, name), getattr(again, name)), name
 
 
+@pytest.mark.parametrize("geometry", ["64x64", "64x1", "32x512"])
+def test_a_long_input_computes_the_same_in_teams(geometry: str) -> None:
+    """K and V beyond the caches: 1 and 2 threads walk them in teams of 8 and 4, 9 row by row."""
+    blocks = BlockGeometry.from_name(geometry)
+    q, k = kernel_checks.structured("sink", 1, 4, 2, 2041, 11900, 16)
+    call = AttentionCall(q, k, torch.randn(1, 2, 11900, 256), scale=0.25, window=11000)
+    eps = 0.5 if blocks.block_k == 1 else 50.0
+    rule = replace(SkipRule.blasst(0.9), max_dropped_mass=torch.tensor([[eps]]))
+    with threads(9):
+        row_by_row = run(call, rule, blocks)
+    visited, skipped = row_by_row.counts.sum((0, 1)).tolist()
+    assert 0.05 < skipped / visited < 0.99
+    for n in (1, 2):
+        with threads(n):
+            assert_same(row_by_row, run(call, rule, blocks))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_levels(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

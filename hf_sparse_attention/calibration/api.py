@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,9 +80,10 @@ def calibrate(
         method: which of the two will run, until `set_sparse_attention` says otherwise.
         lengths: cut every sample to each of these lengths; None: samples as they are, and the
             bundled texts at 2048, 4096 and 8192 tokens.
-        target_sparsity: BLASST's. Several: `a * exp(b * s) / L` is fitted over all, and the first
+        target_sparsity: several: BLASST's `a * exp(b * s) / L` is fitted over all, and the first
             is what runs until another is set. One: `lambda = a / L`, which no other target can be
-            set under. None: 0.5, fitted over 0.3 to 0.7.
+            set under. None: 0.5, fitted over 0.3 to 0.7. Under BSFA the level that comes nearest
+            to the first runs, by what each skips in prefill of the calibrated samples.
         granularity: BLASST: one threshold for all ("global"), or one for each "layer" or "head",
             which together skip as much. None: "global".
         levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
@@ -206,11 +208,23 @@ def settings_from(
         method=method,
         fits=fits,
         granularity=granularity if fits else "global",
+        level=_nearest_level(predicted, targets[0]),
         target_sparsity=dict.fromkeys(PHASES, targets[0]) if fits else None,
         keep_sink=observed.keep_sink,
         tables=tables,
         provenance={"predicted_sparsity": predicted} if predicted else {},
     )
+
+
+def _nearest_level(
+    predicted: Mapping[str, Mapping[str, Mapping[str, float]]], target: float
+) -> int | None:
+    """The level whose sparsity in prefill, over all geometries, comes nearest to `target`."""
+    prefills = [phases["prefill"] for phases in predicted.values() if "prefill" in phases]
+    if not prefills:
+        return None
+    off = {level: abs(mean(x[level] for x in prefills) - target) for level in prefills[0]}
+    return int(min(off, key=off.__getitem__))
 
 
 def _fits(observed: Observations, targets: Sequence[float], needed: bool) -> dict[str, Fit]:

@@ -68,12 +68,24 @@ void make_room_for_planes(Problem& p, Workspace& workspace) {
   std::fill_n(k.head_state, heads, uint8_t(0));
 }
 
+// Block rows that walk side by side read K and V once for all of them: worth it where they do not
+// stay in the cache that the cores share (measured: from 16 MB on 1.2 to 1.5 times as fast, a
+// little slower below), and where there are enough teams to keep all threads busy to the end.
+int64_t team_of(const Problem& p) {
+  const int64_t seen = p.window && p.window < p.Lk ? p.window : p.Lk;
+  const int64_t bytes = seen * (p.D + p.Dv) * (p.dtype == Dtype::f32 ? 4 : 2);
+  const int64_t rows = p.B * p.Hq * p.NQ, threads = torch::stable::get_num_threads();
+  const int64_t fair = rows / (16 * threads);
+  return bytes < (int64_t(12) << 20) || fair < 1 ? 1 : std::min<int64_t>(fair, kTeam);
+}
+
 }  // namespace
 
 void run_prefill(Problem& p, const Level& level) {
   const int type = int(p.dtype);
   static thread_local Workspace workspace;
   if (may_filter(p, level)) make_room_for_planes(p, workspace);
+  p.team = team_of(p);
   const size_t scratch = level.scratch_bytes(p);
   std::vector<float> k_max;
   if (p.any_rule) {
@@ -83,10 +95,10 @@ void run_prefill(Problem& p, const Level& level) {
     p.k_max = k_max.data();
   }
   clear_unseen_rows(p);
-  const int64_t per_head = p.NQ * p.G;
-  run_tasks(p.B * p.Hkv * per_head, scratch, [&](int64_t i, char* memory) {
-    const int64_t bh = i / per_head, row = p.NQ - 1 - i % per_head / p.G, g = i % p.G;
-    level.prefill[type](p, bh / p.Hkv, bh % p.Hkv * p.G + g, row, memory);
+  const int64_t per_head = p.NQ * p.G, teams = (per_head + p.team - 1) / p.team;
+  run_tasks(p.B * p.Hkv * teams, scratch, [&](int64_t i, char* memory) {
+    const int64_t bh = i / teams, t = i % teams * p.team;
+    level.prefill[type](p, bh / p.Hkv, bh % p.Hkv, t, std::min(t + p.team, per_head), memory);
   });
   workspace.trim(size_t(256) << 20);
 }

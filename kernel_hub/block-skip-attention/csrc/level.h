@@ -6,17 +6,14 @@
 #include "decode_seed.h"
 #include "decode_values.h"
 #include "observe_row.h"
+#include "prefill_team.h"
 #include "tile_bf16.h"
 
 namespace bsa::BSA_LEVEL {
 
 static size_t scratch_bytes(const Problem& p) {
   auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-  const int64_t widest = p.D > p.Dv ? p.D : p.Dv, step = p.block_k > kLanes ? p.block_k : kLanes;
-  const size_t prefill = round(kLanes * p.D * 4) + round(kLanes * p.Dv * 4) +
-                         round((kLanes + step) * kLanes * 4) + round(kLanes * kLanes * 2) +
-                         round(kLanes * widest * 4) + round((kLanes + step) * 8) +
-                         round(Filter<float>::bytes(p)) + round(kLanes * p.D * 4);
+  const size_t prefill = p.team * prefill_bytes(p);
   const size_t scores = size_t(p.rows) * ((p.D + 31) / 32 * 32) * 4 + size_t(p.region) * 4;
   const size_t values = size_t(p.region) * (sizeof(void*) + 4 + 4 * p.G) + 64;
   const size_t decide = size_t(p.G) * sizeof(DecodeRow);
@@ -40,11 +37,12 @@ float max_abs_of_head(const Problem& p, int64_t b, int64_t kv_head) {
 
 #if BSA_ISA >= 3
 // An odd head size has half a pair of bfloat16, which the paired engine cannot read.
-static void prefill_bf16(const Problem& p, int64_t b, int64_t h, int64_t i, char* scratch) {
+static void prefill_bf16(const Problem& p, int64_t b, int64_t kv_head, int64_t t0, int64_t t1,
+                         char* scratch) {
   if (Bf16Engine::serves(p.D))
-    prefill<Bf16Engine>(p, b, h, i, scratch);
+    prefill<Bf16Engine>(p, b, kv_head, t0, t1, scratch);
   else
-    prefill<FloatEngine<bf16>>(p, b, h, i, scratch);
+    prefill<FloatEngine<bf16>>(p, b, kv_head, t0, t1, scratch);
 }
 static void observe_bf16(const Problem& p, const Observe& o, int64_t kv_head, int64_t i,
                          char* scratch) {

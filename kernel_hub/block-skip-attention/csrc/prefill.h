@@ -1,9 +1,9 @@
-// Prefill: one task is one block row of one query head, at most 64 queries.
+// Prefill: the work is done by block rows, of one query head and at most 64 queries each.
 //
-// It walks the key blocks in the order of the geometry, in steps of one block or, for smaller
-// blocks, of 64 keys: scores of the step, mask, votes. What is kept is compacted and added to the
-// output 64 keys at a time (kept.h). A skipped key therefore costs its scores only, or less where
-// the int8 filter proves beforehand that it will be skipped.
+// A block row walks the key blocks in the order of the geometry, in steps of one block or, for
+// smaller blocks, of 64 keys: scores of the step, mask, votes. What is kept is compacted and added
+// to the output 64 keys at a time (kept.h). A skipped key therefore costs its scores only, or less
+// where the int8 filter proves beforehand that it will be skipped.
 #pragma once
 #include "filter.h"
 #include "kept.h"
@@ -28,6 +28,7 @@ struct Prefill {
   KeyVote vote;
   Kept<E> kept;
   Filter<T> filter;
+  int64_t at = 0, last = 0;  // blocks [at, last) are left
   int64_t visited = 0, skipped = 0;
   bool keeps = true;  // the last step whose scores were computed kept some of its keys
 
@@ -39,7 +40,8 @@ struct Prefill {
         vectors(int((row.rows + W - 1) / W)),
         kept(p_, row.rq, units.unit, vectors) {}
 
-  void run(char* scratch) {
+  // Visits the sink and the diagonal, where the order has them first; `advance` does the rest.
+  void begin(char* scratch) {
     if (row.rows <= 0) return;
     const int64_t b = row.b, h = row.h;
     q = row_of<T>(p.q, b, h, row.row0);
@@ -52,7 +54,18 @@ struct Prefill {
     vote.start(p, RowRule::of(p, b, h, row.i, units.unit), units.unit, row.voters, finite);
     if (p.planes.data && finite && !rq.before && units.trivial())
       filter.offer(p, b, h, row.row0, row.rows, int8_q);
-    walk();
+    walk_first();
+  }
+
+  // Goes on to key `until`, a multiple of the blocks and of 64; false once there is nothing left.
+  bool advance(int64_t until) {
+    const int64_t stop = until / p.block_k;
+    walk(stop < last ? stop : last);
+    return at < last;
+  }
+
+  void end() {
+    if (row.rows <= 0) return;
     if (kept.held) kept.flush(vote.m);
     finish();
   }
@@ -82,20 +95,29 @@ struct Prefill {
     return most < 1e38 && most * (p.scale < 0 ? -p.scale : p.scale) < 1e38;
   }
 
-  void walk() {
+  void walk_first() {
     if (row.key_lo >= row.key_hi) return;
-    const int64_t first = row.key_lo / p.block_k, last = (row.key_hi - 1) / p.block_k + 1;
+    const int64_t lo = row.key_lo / p.block_k, hi = (row.key_hi - 1) / p.block_k + 1;
     if (p.order == kDescending) {
-      for (int64_t j = last; j-- > first;) step(j, j + 1);
+      for (int64_t j = hi; j-- > lo;) step(j, j + 1);
       return;
     }
-    const Visits visits(p.order, first, last, row.diag_lo, row.diag_hi);
+    const Visits visits(p.order, lo, hi, row.diag_lo, row.diag_hi);
+    for (int r = 0; r < visits.runs; ++r) {
+      at = visits.lo[r];
+      last = visits.hi[r];
+      if (r + 1 < visits.runs) walk(last);
+    }
+  }
+
+  void walk(int64_t stop) {
     const int64_t at_once = p.block_k < kLanes ? kLanes / p.block_k : 1;
-    for (int r = 0; r < visits.runs; ++r)
-      for (int64_t j = visits.lo[r], next; j < visits.hi[r]; j = next) {
-        next = (j / at_once + 1) * at_once;  // steps lie in the chunks of the filter
-        step(j, next = next < visits.hi[r] ? next : visits.hi[r]);
-      }
+    while (at < stop) {
+      const int64_t next = (at / at_once + 1) * at_once;  // steps lie in the chunks of the filter
+      const int64_t from = at;
+      at = next < last ? next : last;
+      step(from, at);
+    }
   }
 
   // Scores and votes for blocks [j0, j1).
@@ -272,10 +294,5 @@ struct Prefill {
     __atomic_fetch_add(counts + 1, skipped, __ATOMIC_RELAXED);
   }
 };
-
-template <class E>
-void prefill(const Problem& p, int64_t b, int64_t h, int64_t i, char* scratch) {
-  Prefill<E>(p, b, h, i).run(scratch);
-}
 
 }  // namespace bsa::BSA_LEVEL

@@ -16,6 +16,8 @@
 namespace bsa {
 
 constexpr int kLanes = 64;  // query rows that one prefill task holds side by side in vector lanes
+// Long inputs: so many block rows of prefill walk the keys side by side, so many keys at a time.
+constexpr int kTeam = 8, kStride = 256;
 constexpr int kDecodeMaxQueries = 8;  // see `phase` in hf_sparse_attention/types.py
 constexpr int kDecodeRegion = 512;    // keys that one decode task reads, rounded up to whole blocks
 
@@ -130,6 +132,7 @@ struct Problem {
 
   float* k_max = nullptr;  // prefill: the largest |k| of each [B, Hkv], infinite if not finite
   KeyPlanes planes;
+  int64_t team = 1;  // block rows of prefill that walk side by side, at most kTeam
 
   Int8Keys int8;  // decode: what the caller keeps beside K
 
@@ -159,7 +162,8 @@ struct Level {
   const char* name;
   float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
   bool filters;  // whether prefill has its int8 filter
-  void (*prefill[3])(const Problem&, int64_t b, int64_t head, int64_t block_row, char* scratch);
+  void (*prefill[3])(const Problem&, int64_t b, int64_t kv_head, int64_t t0, int64_t t1,
+                     char* scratch);
   void (*append_keys[3])(const NewKeys&, int64_t bh);
   void (*decode_seed[3])(const Problem&, int64_t bh, char* scratch);
   void (*decode_scores[3])(const Problem&, int64_t bh, int64_t region, char* scratch);
