@@ -1,0 +1,62 @@
+// From a problem to the instance that computes it.
+#pragma once
+#include "prefill.cuh"
+#include "tensor_map.h"
+
+namespace bsa::cuda::sm90 {
+
+// Blocks that both block rows of a pair keep are fetched twice on demand, and once always. If each
+// keeps a share 1 - s, that is 2 (1 - s) fetches against 1: even at half.
+constexpr float kOnDemandFrom = 0.5f;
+
+#if defined(BSA_EMULATE)
+
+template <class C>
+void start(dim3 grid, void*, const Maps& maps, const Params& p) {
+  emulator::sm90::launch(grid, Memory<C>::kBytes, [&] { prefill_kernel<C>(maps, p); });
+}
+
+#else
+
+template <class C>
+void start(dim3 grid, void* stream, const Maps& maps, const Params& p) {
+  constexpr int kBytes = Memory<C>::kBytes;
+  const auto* kernel = reinterpret_cast<const void*>(prefill_kernel<C>);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  void* arguments[] = {const_cast<Maps*>(&maps), const_cast<Params*>(&p)};
+  check(cudaLaunchKernel(kernel, grid, dim3(kThreads), arguments, kBytes,
+                         static_cast<cudaStream_t>(stream)));
+}
+
+#endif
+
+template <class C>
+void launch(const Params& p, void* stream) {
+  const auto map = [&](const Strided& x, int heads, int rows, int width, int box) {
+    return make_map(x, p.dtype, p.B, heads, rows, width, box, p.q.data);
+  };
+  const Maps maps = {map(p.q, p.Hq, p.Lq, p.D, kRows), map(p.k, p.Hkv, p.Lk, p.D, C::kBlockK),
+                     map(p.v, p.Hkv, p.Lk, p.Dv, C::kBlockK)};
+  start<C>(dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), stream, maps, p);
+}
+
+template <class T, int kD, int kDv>
+void choose_version(const Params& p, void* stream, float expected_sparsity) {
+  const bool any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
+  if (p.softcap > 0.0f || p.scale <= 0.0f || p.wants_dropped())
+    return launch<Config<T, kD, kDv, 128, true, false, true>>(p, stream);
+  if (!any_rule) return launch<Config<T, kD, kDv, 128, false, false, false>>(p, stream);
+  if constexpr (kD <= 128)  // else V's slots leave no room for K's
+    if (expected_sparsity >= kOnDemandFrom)
+      return launch<Config<T, kD, kDv, 128, true, true, false>>(p, stream);
+  return launch<Config<T, kD, kDv, 128, true, false, false>>(p, stream);
+}
+
+template <class T>
+void choose_sizes(const Params& p, void* stream, float expected_sparsity) {
+  if (p.D == 64) return choose_version<T, 64, 64>(p, stream, expected_sparsity);
+  if (p.D == 128) return choose_version<T, 128, 128>(p, stream, expected_sparsity);
+  return choose_version<T, 192, 128>(p, stream, expected_sparsity);
+}
+
+}  // namespace bsa::cuda::sm90

@@ -1,0 +1,10 @@
+// The instances for one element type: they compile side by side.
+#include "launch.cuh"
+
+namespace bsa::cuda::sm90 {
+
+void prefill_bf16(const Params& p, void* stream, float expected_sparsity) {
+  choose_sizes<BFloat16>(p, stream, expected_sparsity);
+}
+
+}  // namespace bsa::cuda::sm90

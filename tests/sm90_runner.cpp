@@ -1,0 +1,46 @@
+// The sm_90a prefill kernel as a function of a shared library that needs no GPU: for tests.
+#include "sm90/launch.cuh"
+
+using namespace bsa::cuda;
+
+namespace {
+
+std::string failure;
+
+template <class T, int kD, int kDv>
+void choose(const Params& p, const std::string& version) {
+  if (version == "general")
+    return sm90::launch<sm90::Config<T, kD, kDv, 128, true, false, true>>(p, nullptr);
+  if (version == "always")
+    return sm90::launch<sm90::Config<T, kD, kDv, 128, true, false, false>>(p, nullptr);
+  if constexpr (kD <= 128) {
+    if (version == "dense")
+      return sm90::launch<sm90::Config<T, kD, kDv, 128, false, false, false>>(p, nullptr);
+    if (version == "demand")
+      return sm90::launch<sm90::Config<T, kD, kDv, 128, true, true, false>>(p, nullptr);
+  }
+  emulator::fail("no such version: " + version);
+}
+
+}  // namespace
+
+extern "C" size_t params_bytes() { return sizeof(Params); }
+
+// Null, or what went wrong.
+extern "C" const char* prefill(const Params* p, const char* version) {
+  try {
+    const bool bfloat16 = p->dtype == kBFloat16;
+    if (!bfloat16 && p->D == 64 && p->Dv == 64)
+      choose<sm90::Float16, 64, 64>(*p, version);
+    else if (bfloat16 && p->D == 128 && p->Dv == 128)
+      choose<sm90::BFloat16, 128, 128>(*p, version);
+    else if (bfloat16 && p->D == 192 && p->Dv == 128)
+      choose<sm90::BFloat16, 192, 128>(*p, version);
+    else
+      emulator::fail("not compiled for these sizes and this dtype");
+    return nullptr;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
+}

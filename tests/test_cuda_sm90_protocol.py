@@ -1,0 +1,48 @@
+"""The barrier protocol of the sm_90a prefill kernel: every run is right, and errors are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from ring_protocol import Broken, Protocol, search
+
+ALWAYS = Protocol(steps=4)
+ON_DEMAND = Protocol(steps=5, on_demand=True, groups=1, warps=2)
+
+RIGHT = {
+    "V always loaded": replace(ALWAYS, steps=3),
+    "V always loaded, rings of one slot": replace(ALWAYS, k_slots=1, v_slots=1),
+    "V always loaded, warps apart": Protocol(steps=4, groups=1, warps=2),
+    "V on demand": ON_DEMAND,
+    "V on demand, two warpgroups": Protocol(steps=3, on_demand=True),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_every_run_is_right(name: str) -> None:
+    assert search(RIGHT[name]) > 1000
+
+
+BROKEN = {
+    "skip without release of V": (ALWAYS, "deadlock"),
+    "skip without waiting for V": (ALWAYS, "more arrivals"),
+    "look on without waiting for K": (ALWAYS, "deadlock"),
+    "look on with V pending": (ALWAYS, "overwritten while it is read"),
+    "release V before it is read": (ALWAYS, "overwritten while it is read"),
+    "producer waits for the wrong parity": (ALWAYS, "deadlock"),
+    "no vote": (ON_DEMAND, "overwritten while it is read"),
+}
+
+
+@pytest.mark.parametrize("mutation", BROKEN)
+def test_a_broken_protocol_is_found_out(mutation: str) -> None:
+    protocol, found = BROKEN[mutation]
+    with pytest.raises(Broken, match=found):
+        search(replace(protocol, mutation=mutation))
+
+
+def test_on_demand_needs_two_slots() -> None:
+    """The next V is asked for while the product with the last one runs."""
+    with pytest.raises(Broken, match="overwritten while it is read"):
+        search(replace(ON_DEMAND, v_slots=1))
