@@ -109,7 +109,7 @@ def calibrate(
         typer.Option(
             rich_help_panel=FITTED,
             help="BLASST: one threshold for all, or one for each layer or head.",
-            show_default="global",
+            show_default="head",
         ),
     ] = None,
     geometries: Annotated[
