@@ -220,6 +220,7 @@ inline int same_for_warp(int x) {
     emulator::fail("same_for_warp: the threads of a warp differ");
   return x;
 }
+inline bool any_of_warp(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
 inline void barrier_init(uint32_t barrier, uint32_t count) {
   emulator::sm90::at(barrier, 8, 8);
@@ -251,7 +252,7 @@ inline uint32_t load_shared(uint32_t from) {
   return x;
 }
 inline void store_zeros_16(uint32_t to) { std::memset(emulator::sm90::at(to, 16, 16), 0, 16); }
-inline void publish_stores() {}
+inline void fence_async() {}
 
 inline void group_sync(int group) { emulator::meet_at_barrier(group + 1, 128); }
 inline bool group_agrees(int group, bool agrees) {

@@ -78,7 +78,10 @@ struct Consumer {
 
   // ---- Barriers
 
+  // For the whole warp, once all of it is here. A lane that lags behind in a wait might else find
+  // the barrier two phases on, at the parity it waits for no more to end.
   __device__ __forceinline__ void release(uint32_t barrier) {
+    __syncwarp();
     if (lane == 0) barrier_arrive(barrier);
   }
 
@@ -95,7 +98,7 @@ struct Consumer {
           q[x][part] = load_shared(mine + column / kPanel * kRows * kPanelRow + at_row * kPanelRow +
                                    piece * 16 + lane % 4 * 4);
         }
-      __syncwarp();
+      fence_async();  // the next copy must not overtake these loads
       release(memory.k_empty(k.slot));
       k.next();
     } else {
@@ -176,7 +179,7 @@ struct Consumer {
       for (int piece = inside * 8 + threadIdx.x % kGroupThreads; piece < kBlockK * 8;
            piece += kGroupThreads)
         store_zeros_16(memory.v(slot_of(last_v)) + x * kBlockK * kPanelRow + piece * 16);
-    publish_stores();
+    fence_async();
     group_sync(group);
   }
 
@@ -235,8 +238,11 @@ struct Consumer {
       products_wait<0>(o);
       drop_v();
     }
+    // Rare once the sink and the diagonal are done.
+    if (any_of_warp(shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-    for (int x = 0; x < C::kDv / 2; ++x) o[x] *= shrink[x / 2 % 2];
+      for (int x = 0; x < C::kDv / 2; ++x) o[x] *= shrink[x / 2 % 2];
+    }
 #pragma unroll
     for (int x = 0; x < kBlockK / 4; ++x)
       weights[x / 4][x % 4] = pack<Element>(s[2 * x], s[2 * x + 1]);

@@ -40,23 +40,26 @@ void launch(const Params& p, void* stream) {
   start<C>(dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), stream, maps, p);
 }
 
-template <class T, int kD, int kDv>
+template <class T, int kD, int kDv, int kBlockK>
 void choose_version(const Params& p, void* stream, float expected_sparsity) {
   const bool any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
   if (p.softcap > 0.0f || p.scale <= 0.0f || p.wants_dropped())
-    return launch<Config<T, kD, kDv, 128, true, false, true>>(p, stream);
-  if (!any_rule) return launch<Config<T, kD, kDv, 128, false, false, false>>(p, stream);
-  if constexpr (kD <= 128)  // else V's slots leave no room for K's
+    return launch<Config<T, kD, kDv, kBlockK, true, false, true>>(p, stream);
+  if (!any_rule) return launch<Config<T, kD, kDv, kBlockK, false, false, false>>(p, stream);
+  if constexpr (kD <= 128 && kBlockK == 128)  // else slots do not fit, or Q not into K's
     if (expected_sparsity >= kOnDemandFrom)
-      return launch<Config<T, kD, kDv, 128, true, true, false>>(p, stream);
-  return launch<Config<T, kD, kDv, 128, true, false, false>>(p, stream);
+      return launch<Config<T, kD, kDv, kBlockK, true, true, false>>(p, stream);
+  return launch<Config<T, kD, kDv, kBlockK, true, false, false>>(p, stream);
 }
 
 template <class T>
 void choose_sizes(const Params& p, void* stream, float expected_sparsity) {
-  if (p.D == 64) return choose_version<T, 64, 64>(p, stream, expected_sparsity);
-  if (p.D == 128) return choose_version<T, 128, 128>(p, stream, expected_sparsity);
-  return choose_version<T, 192, 128>(p, stream, expected_sparsity);
+  const auto choose =
+      p.D == 64 ? (p.block_k == 64 ? choose_version<T, 64, 64, 64> : choose_version<T, 64, 64, 128>)
+      : p.D == 128
+          ? (p.block_k == 64 ? choose_version<T, 128, 128, 64> : choose_version<T, 128, 128, 128>)
+          : choose_version<T, 192, 128, 128>;
+  choose(p, stream, expected_sparsity);
 }
 
 }  // namespace bsa::cuda::sm90

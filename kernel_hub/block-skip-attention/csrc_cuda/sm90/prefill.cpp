@@ -14,7 +14,8 @@ const char* refusal_sm90(const Params& p) {
   const std::pair<int, int> sizes = {p.D, p.Dv};
   if (sizes != std::pair(64, 64) && sizes != std::pair(128, 128) && sizes != std::pair(192, 128))
     return "head sizes: sm_90a kernels are compiled for 64, 128, and 192 with 128";
-  if (p.block_q != 64 || p.block_k != 128) return "geometry: sm_90a kernels run 64x128";
+  if (p.block_q != 64 || (p.block_k != 128 && (p.block_k != 64 || p.D > 128)))
+    return "geometry: sm_90a kernels run 64x128, and 64x64 at head sizes up to 128";
   if (p.order == kDescending) return "order: sm_90a kernels do not run descending";
   if (p.decode()) return "decode: the sm_90a kernel is one for prefill";
   if (p.B > 65535 || p.Hkv > 65535) return "expected at most 65535 requests and key/value heads";

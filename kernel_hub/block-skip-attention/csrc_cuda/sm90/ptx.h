@@ -31,6 +31,8 @@ __device__ __forceinline__ int same_for_warp(int x) {
   return int(__reduce_or_sync(0xffffffff, unsigned(x)));
 }
 
+__device__ __forceinline__ bool any_of_warp(bool x) { return __any_sync(0xffffffff, x); }
+
 // ---- Barriers in shared memory. One turns over (its parity flips) when `count` threads have
 // arrived and all bytes that were announced to it have come.
 
@@ -92,8 +94,8 @@ __device__ __forceinline__ void store_zeros_16(uint32_t to) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
 
-// Makes what this thread stored to shared memory visible to products and copies.
-__device__ __forceinline__ void publish_stores() {
+// Puts this thread's own loads and stores of shared memory before later products and copies.
+__device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

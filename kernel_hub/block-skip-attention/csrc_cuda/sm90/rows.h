@@ -61,8 +61,8 @@ struct RowPair {
       const float x = p.log_lambda.at(b, h, 0);
       relative = x == x ? fminf(x, kLargestLogLambda) * kLog2e / unit : -kInfinity;
     }
-    if (p.threshold.data) {
-      const float x = p.threshold.at(b, h, row.number) * kLog2e / unit;
+    if (p.threshold.data) {  // which has no number for the row beside the last, if that is missing
+      const float x = p.threshold.at(b, h, row.rows ? row.number : 0) * kLog2e / unit;
       absolute = x == x ? x : -kInfinity;
     }
     if (p.budget.data) {
