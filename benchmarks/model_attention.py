@@ -30,8 +30,8 @@ from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 LAMBDAS = {"64x64": (1e-3, 1e-2, 3e-2, 1e-1), "64x1": (1e-4, 1e-3, 3e-3, 1e-2)}
 
 
-def capture(length: int, layers: list[int]) -> dict[int, tuple[Tensor, ...]]:
-    """q, k, v of `layers` in float32, as the model makes them."""
+def capture(length: int, layers: list[int], text: str = "") -> dict[int, tuple[Tensor, ...]]:
+    """q, k, v of `layers` in float32, as the model makes them of `text`, or of the book."""
     found: dict[int, tuple[Tensor, ...]] = {}
 
     def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: Any, **_: Any):
@@ -45,7 +45,9 @@ def capture(length: int, layers: list[int]) -> dict[int, tuple[Tensor, ...]]:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="record"
     )
-    tokens = AutoTokenizer.from_pretrained(folder)(BOOK.read_text(), return_tensors="pt").input_ids
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        text or BOOK.read_text(), return_tensors="pt", truncation=True, max_length=1000 + length
+    ).input_ids
     model(tokens[:, 1000 : 1000 + length], use_cache=False, logits_to_keep=1)
     return found
 

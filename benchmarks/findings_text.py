@@ -1,0 +1,52 @@
+"""What docs/findings.md says about its tables."""
+
+HEAD = """\
+# Findings: what the papers leave open, in numbers
+
+Made by `python -m benchmarks.findings_page` from `benchmarks/results/`; don't edit by hand.
+Attention alone, on SmolLM2-135M-Instruct's own queries, keys and values in float32: 2048 tokens
+of *Alice's Adventures in Wonderland*, ten of its thirty layers, prefill, sink and diagonal first
+unless it says otherwise. One small model: what holds for others is open.
+
+An *error* is |out - exact| / |exact| of a layer's attention output, the mean over the layers.
+*Dropped mass* is the share of a query's softmax that its skipped blocks held. Sparsity counts all
+blocks that causal attention visits. At 2048 tokens little can be skipped at small errors: longer
+texts have more to skip at the same lambda."""
+
+ORDER = """\
+The sink and the diagonal first, the default, skips almost what could be skipped if each row knew
+its final max beforehand: no dynamic order has much left to win. Up to half of the blocks skipped
+it loses less than ascending at equal sparsity. Diagonal first does as well: what counts is to see
+a row's strongest keys early, and these are the sink and the nearest ones. Where we lose: at 50%
+skipped the reverse order has the smallest mean error. Its running max starts low, so it needs a
+lambda three times as large, and at such lambdas any order is far from exact."""
+
+BLOCKS = """\
+The smaller the block, the more is skipped at equal error, and it is the keys of a block that
+count more than its rows. Single keys skip most by far, at no extra cost on a CPU; a GPU's matrix
+units cannot use them. At equal lambda blocks of different sizes are not comparable at all:
+thresholds hold for the blocks they were calibrated with. Where we lose: blocks of 128 keys, which
+Hopper's matrix units want, skip a fifth less than those of 64; the shorter the text, the more of
+that is the sink and the diagonal, which are larger shares of it."""
+
+INT8 = """\
+The share of the blocks that lambda skips for which an upper bound on the scores, without the keys
+in full precision, proves that they are skipped. One number or a box for each block proves nothing
+at all; int8 keys prove most, at a quarter (float32) or half (bfloat16) of the bytes. Where we
+lose: the smaller lambda, the more blocks lie within the bound's margin, and their keys are then
+read after all."""
+
+LENGTH = """\
+For each text and length the lambda that skips a given share, times L: constant along a line if
+lambda is a / L, and then the slope of ln lambda over ln L is -1."""
+
+CERTIFICATE = """\
+The bound that comes with every output, beside the mass that was really dropped, per query."""
+
+BUDGET = """\
+With `max_dropped_mass=eps` alone, no other rule."""
+
+NEEDLES = """\
+The share of all heads of all layers that would skip the block in which the needle lies, in
+samples of the stress test `needle_depths` (evaluation-tasks.md): in the block row that ends with
+the question, and when the first token of the answer is decoded."""
