@@ -36,6 +36,10 @@ extern "C" const char* prefill(const Params* p, const char* version) {
       choose<sm90::Float16, 64, 64, 128>(*p, version);
     else if (bfloat16 && p->D == 128 && p->Dv == 128 && p->block_k == 128)
       choose<sm90::BFloat16, 128, 128, 128>(*p, version);
+    else if (bfloat16 && p->D == 256 && p->Dv == 256 && p->block_k == 64)
+      choose<sm90::BFloat16, 256, 256, 64>(*p, version);
+    else if (bfloat16 && p->D == 192 && p->Dv == 128 && p->block_k == 64)
+      choose<sm90::BFloat16, 192, 128, 64>(*p, version);
     else if (bfloat16 && p->D == 192 && p->Dv == 128 && p->block_k == 128)
       choose<sm90::BFloat16, 192, 128, 128>(*p, version);
     else

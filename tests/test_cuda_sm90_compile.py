@@ -22,6 +22,7 @@ VERSIONS = {
     "general": ("BFloat16, 128, 128, 128, true, false, true", 8, 8),
     "float16": ("Float16, 64, 64, 128, true, true, false", 4, 8),
     "keys64": ("BFloat16, 128, 128, 64, true, false, false", 8, 4),
+    "large": ("BFloat16, 256, 256, 64, true, false, false", 16, 4),
     "latent": ("BFloat16, 192, 128, 128, true, false, true", 12, 8),
 }
 SKIPPING = [name for name in VERSIONS if name != "dense"]

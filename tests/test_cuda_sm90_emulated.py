@@ -128,11 +128,14 @@ def test_head_size_128(rule: str) -> None:
     check_all_versions(make_call(q_len=400, kv_len=400, sizes=(128, 128)), RULES[rule])
 
 
-def test_head_sizes_of_latent_attention() -> None:
-    call, rule = make_call(sizes=(192, 128)), RULES["blasst"]
-    found = sm90_emulated.run(call, rule, GEOMETRY, "general")
-    check(call, rule, GEOMETRY, found, weights_dtype=call.q.dtype)
-    assert torch.equal(sm90_emulated.run(call, rule, GEOMETRY, "always", 1).out, found.out)
+@pytest.mark.parametrize(
+    ("sizes", "block_k"), [((192, 128), 128), ((192, 128), 64), ((256, 256), 64)], ids=str
+)
+def test_large_heads(sizes: tuple[int, int], block_k: int) -> None:
+    call, rule, geometry = make_call(sizes=sizes), RULES["blasst"], BlockGeometry(64, block_k)
+    found = sm90_emulated.run(call, rule, geometry, "general")
+    check(call, rule, geometry, found, weights_dtype=call.q.dtype)
+    assert torch.equal(sm90_emulated.run(call, rule, geometry, "always", 1).out, found.out)
 
 
 @pytest.mark.parametrize("rule", ["blasst", "bsfa"])
@@ -153,7 +156,7 @@ def test_ascending_order() -> None:
     check(call, RULES["blasst"], geometry, found, weights_dtype=call.q.dtype)
 
 
-@pytest.mark.parametrize("seed", range(2, 10))
+@pytest.mark.parametrize("seed", range(2, 8))
 def test_any_interleaving_gives_the_same(seed: int) -> None:
     """Rings go round; one of a pair's block rows skips, looks on, or has nothing to do."""
     calls = {

@@ -54,12 +54,14 @@ void choose_version(const Params& p, void* stream, float expected_sparsity) {
 
 template <class T>
 void choose_sizes(const Params& p, void* stream, float expected_sparsity) {
-  const auto choose =
-      p.D == 64 ? (p.block_k == 64 ? choose_version<T, 64, 64, 64> : choose_version<T, 64, 64, 128>)
-      : p.D == 128
-          ? (p.block_k == 64 ? choose_version<T, 128, 128, 64> : choose_version<T, 128, 128, 128>)
-          : choose_version<T, 192, 128, 128>;
-  choose(p, stream, expected_sparsity);
+  const bool wide = p.block_k == 128;
+  if (p.D == 64 && wide) return choose_version<T, 64, 64, 128>(p, stream, expected_sparsity);
+  if (p.D == 64) return choose_version<T, 64, 64, 64>(p, stream, expected_sparsity);
+  if (p.D == 128 && wide) return choose_version<T, 128, 128, 128>(p, stream, expected_sparsity);
+  if (p.D == 128) return choose_version<T, 128, 128, 64>(p, stream, expected_sparsity);
+  if (p.D == 192 && wide) return choose_version<T, 192, 128, 128>(p, stream, expected_sparsity);
+  if (p.D == 192) return choose_version<T, 192, 128, 64>(p, stream, expected_sparsity);
+  choose_version<T, 256, 256, 64>(p, stream, expected_sparsity);
 }
 
 }  // namespace bsa::cuda::sm90

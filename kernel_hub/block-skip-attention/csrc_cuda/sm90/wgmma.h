@@ -34,11 +34,19 @@ __device__ __forceinline__ void products_commit() {
   BSA_LIST_32 \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
   "%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define BSA_LIST_128 \
+  BSA_LIST_64 \
+  "," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86," \
+  "%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107," \
+  "%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125," \
+  "%126,%127"
 #define BSA_IO_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
   "+f"(d[i + 6]), "+f"(d[i + 7])
 #define BSA_IO_32(d, i) BSA_IO_8(d, i), BSA_IO_8(d, i + 8), BSA_IO_8(d, i + 16), BSA_IO_8(d, i + 24)
 #define BSA_IO_64(d) BSA_IO_32(d, 0), BSA_IO_32(d, 32)
+#define BSA_IO_128(d) BSA_IO_64(d), BSA_IO_32(d, 64), BSA_IO_32(d, 96)
 
 // Operands after the `n` of D: A's descriptor or registers, B's descriptor, whether D counts.
 #define BSA_SHARED(n, list, a, b, c, type, io) \
@@ -71,13 +79,17 @@ __device__ __forceinline__ void product(float (&d)[kN / 2], uint64_t a_, uint64_
 template <class T, int kN, bool kTransposed>
 __device__ __forceinline__ void product(float (&d)[kN / 2], const uint32_t (&a_)[4], uint64_t b_,
                                         int add) {
-  static_assert(kN == 64 || kN == 128);
+  static_assert(kN == 64 || kN == 128 || kN == 256);
 #define BSA_CASE(n, list, a, b, c, type, ...)                \
   if constexpr (kTransposed)                                 \
     BSA_REGISTERS(n, list, a, b, c, type, "1", __VA_ARGS__); \
   else                                                       \
     BSA_REGISTERS(n, list, a, b, c, type, "0", __VA_ARGS__)
-  if constexpr (kN == 128 && T::kIsBFloat16) {
+  if constexpr (kN == 256 && T::kIsBFloat16) {
+    BSA_CASE("256", BSA_LIST_128, "%128,%129,%130,%131", "132", "133", "bf16", BSA_IO_128(d));
+  } else if constexpr (kN == 256) {
+    BSA_CASE("256", BSA_LIST_128, "%128,%129,%130,%131", "132", "133", "f16", BSA_IO_128(d));
+  } else if constexpr (kN == 128 && T::kIsBFloat16) {
     BSA_CASE("128", BSA_LIST_64, "%64,%65,%66,%67", "68", "69", "bf16", BSA_IO_64(d));
   } else if constexpr (kN == 128) {
     BSA_CASE("128", BSA_LIST_64, "%64,%65,%66,%67", "68", "69", "f16", BSA_IO_64(d));
@@ -94,6 +106,11 @@ __device__ __forceinline__ void product(float (&d)[kN / 2], const uint32_t (&a_)
 template <int kPending>
 __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void products_wait(float (&d)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : BSA_IO_128(d) : "n"(kPending) : "memory");
 }
 
 template <int kPending>
@@ -115,9 +132,11 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 
 #undef BSA_LIST_32
 #undef BSA_LIST_64
+#undef BSA_LIST_128
 #undef BSA_IO_8
 #undef BSA_IO_32
 #undef BSA_IO_64
+#undef BSA_IO_128
 #undef BSA_SHARED
 #undef BSA_REGISTERS
 
