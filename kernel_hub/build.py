@@ -1,12 +1,13 @@
 """Builds the kernel repos beside this file into `<repo>/build/<variant>/`, as `kernels` wants it.
 
-    python kernel_hub/build.py [--variant universal|cpu] [--force] [--sanitize] [--output DIR]
-                               [--jobs N] [REPO ...]
+    python kernel_hub/build.py [--variant universal|cpu|cuda] [--force] [--sanitize | --emulate]
+                               [--output DIR] [--jobs N] [REPO ...]
 
 Needs no nix: g++ (or what CXX names) and, for its headers, an installed torch >= 2.11; Python's own
 headers are not needed. One build serves every later torch and every Python: only torch's stable ABI
-is used. The universal variant needs neither. A build whose sources have not changed is kept. The
-exit status is 0 if everything asked for is built, 2 if there is no compiler.
+is used. The universal variant needs neither, the CUDA variant, which is built only if it is named,
+nvcc (see nvcc.py) beside them. A build whose sources have not changed is kept. The exit status is 0
+if everything asked for is built, 2 if there is no compiler.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from variant import KINDS, LINK_FLAGS, BuildError, Variant, check_files, write_files
+import nvcc as cuda_compiler
+from variant import BY_DEFAULT, KINDS, LINK_FLAGS, BuildError, Variant, check_files, write_files
 
 HERE = Path(__file__).resolve().parent
 # -O1: the kernels count on inlining; without it every vector goes through memory.
@@ -67,28 +69,37 @@ def run(command: list[str]) -> None:
 def compile_library(variant: Variant, work: Path, target: Path, jobs: int) -> None:
     """Compiles the units of `variant` side by side and links them into `target`."""
     compiler, torch = find_compiler(), torch_folder()
+    nvcc = cuda_compiler.find() if variant.cuda_flags else None
     (work / "registration.h").write_text(REGISTRATION_H)
-    flags = [
-        *variant.flags,
+    for_torch = [
         f"-DTORCH_EXTENSION_NAME={variant.id}",
         f"-I{work}",
-        *(f"-I{variant.folder / folder}" for folder in variant.includes),
+        *(f"-I{folder}" for folder in variant.includes),
         "-isystem",
         str(torch / "include"),
     ]
 
     def compile_unit(unit: str) -> str:
-        output = str(work / (Path(unit).stem + ".o"))
-        run([compiler, *flags, "-c", str(variant.folder / unit), "-o", output])
+        source, output = str(variant.folder / unit), str(work / (Path(unit).stem + ".o"))
+        if unit in variant.cuda_flags:
+            includes = [f"-I{folder}" for folder in variant.includes]
+            run([str(nvcc), *variant.cuda_flags[unit], *includes, "-c", source, "-o", output])
+        else:
+            language = ["-x", "c++"] if unit.endswith(".cu") else []
+            run([compiler, *variant.flags, *for_torch, *language, "-c", source, "-o", output])
         return output
 
-    # The levels take longest and sort last: started first, the jobs end together.
+    # The levels and CUDA's kernels take longest: started first, the jobs end together.
     with ThreadPoolExecutor(jobs) as pool:
-        units = sorted(variant.units, key=lambda unit: "level" not in unit)
-        objects = list(pool.map(compile_unit, units))
+        is_quick = [(not ("level" in unit or unit.endswith(".cu")), unit) for unit in variant.units]
+        objects = list(pool.map(compile_unit, [unit for _, unit in sorted(is_quick)]))
     sanitizers = [flag for flag in variant.flags if flag.startswith("-fsanitize")]
-    debug = sanitizers or ["-Wl,--strip-all"]
-    run([compiler, *objects, f"-L{torch / 'lib'}", *LINK_FLAGS, *debug, "-o", str(target)])
+    flags = [*LINK_FLAGS, *(sanitizers or ["-Wl,--strip-all"])]
+    if nvcc:
+        compiler = nvcc
+        flags = [f"-Xcompiler={x}" if x.startswith(("-W", "-p")) else x for x in flags]
+        flags = [x.replace(",", "\\,") for x in flags] + cuda_compiler.link_flags(nvcc)
+    run([compiler, *objects, f"-L{torch / 'lib'}", *flags, "-o", str(target)])
 
 
 def is_current(variant: Variant, target: Path) -> bool:
@@ -131,9 +142,10 @@ def main() -> int:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("repos", nargs="*", help="names of repos (default: all)")
-    parser.add_argument("--variant", choices=KINDS, help="only this one (default: all)")
+    parser.add_argument("--variant", choices=KINDS, help="only this one (default: all but cuda)")
     parser.add_argument("--force", action="store_true", help="build even if nothing changed")
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
+    parser.add_argument("--emulate", action="store_true", help="CUDA's kernels on a CPU: tests")
     parser.add_argument("--output", type=Path, help="instead of <repo>/build")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -144,11 +156,14 @@ def main() -> int:
         print(f"error: only Linux is supported, not {sys.platform}", file=sys.stderr)
         return 1
     try:
-        kinds = [args.variant] if args.variant else KINDS
+        kinds = ["emulated"] if args.emulate else [args.variant] if args.variant else BY_DEFAULT
         flags = SANITIZE_FLAGS if args.sanitize else []
         for repo, kind in itertools.product(repos, kinds):
-            variant = Variant(repo, kind, flags)
-            output = args.output or repo / "build"
+            nvcc = cuda_compiler.find() if kind == "cuda" else None
+            if kind == "cuda" and (reason := cuda_compiler.refusal(nvcc)):
+                raise BuildError(reason, status=2)
+            variant = Variant(repo, kind, flags, nvcc)
+            output = args.output or repo / (".build" if args.emulate else "build")
             build(variant, output, force=args.force, jobs=max(args.jobs, 1))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -290,3 +290,8 @@ inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
 }
 
 }  // namespace emulator
+
+// For tests: what was watched since the library was loaded.
+extern "C" __attribute__((weak, visibility("default"))) const emulator::Totals* emulator_totals() {
+  return &emulator::totals;
+}

@@ -83,6 +83,18 @@ T atomicAdd(T* at, T value) {
   *at = before + value;
   return before;
 }
+template <class T>
+T atomicMin(T* at, T value) {
+  const T before = *at;
+  *at = std::min(before, value);
+  return before;
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
+  *at = std::max(before, value);
+  return before;
+}
 inline unsigned atomicOr(unsigned* at, unsigned value) {
   const unsigned before = *at;
   *at = before | value;

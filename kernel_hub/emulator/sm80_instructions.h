@@ -12,10 +12,20 @@ inline float from_bfloat16(uint16_t bits) {
   std::memcpy(&x, &wide, 4);
   return x;
 }
+// Not every compiler has a type for float16.
 inline float from_float16(uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, 2);
-  return float(x);
+  static const std::vector<float> values = [] {
+    std::vector<float> all(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) {
+      const int exponent = i >> 10 & 31, fraction = i & 1023;
+      float x =
+          std::ldexp(float(exponent ? 1024 + fraction : fraction), std::max(exponent, 1) - 25);
+      if (exponent == 31) x = fraction ? NAN : INFINITY;
+      all[i] = i >> 15 ? -x : x;
+    }
+    return all;
+  }();
+  return values[bits];
 }
 inline uint16_t to_bfloat16(float x) {
   uint32_t bits;
@@ -24,10 +34,14 @@ inline uint16_t to_bfloat16(float x) {
   return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 inline uint16_t to_float16(float x) {
-  const _Float16 y = _Float16(x);
-  uint16_t bits;
-  std::memcpy(&bits, &y, 2);
-  return bits;
+  if (x != x) return 0x7FFF;
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::abs(x);
+  if (size >= 65520.0f) return sign | 0x7C00;
+  // Steps of its binade, or of the subnormals; ties to even. A carry moves on to the next binade.
+  const int binade = std::max(size > 0 ? std::ilogb(size) : -14, -14);
+  const int steps = int(std::nearbyint(std::ldexp(size, 10 - binade)));
+  return sign | uint16_t(((binade + 14) << 10) + steps);
 }
 inline float half_of(uint32_t pair, int which, bool is_bfloat16) {
   const uint16_t bits = uint16_t(pair >> (16 * which));

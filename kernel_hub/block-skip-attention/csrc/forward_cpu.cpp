@@ -1,36 +1,10 @@
 // The forward's binding: from tensors to a Problem, and its outputs.
-#include <initializer_list>
-
 #include "../torch-ext/torch_binding.h"
 #include "forward.h"
 #include "int8_keys_cpu.h"
 #include "tensors.h"
 
 using bsa::MaybeTensor, bsa::ScalarType, bsa::Tensor;
-
-namespace {
-
-// A rule's tensor, float32, each dimension `full` or 1.
-bsa::RuleTensor rule_tensor(MaybeTensor& x, const char* name, std::initializer_list<int64_t> full) {
-  bsa::RuleTensor r;
-  if (!x) return r;
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_cpu(), name,
-                  ": expected a float32 tensor on the CPU");
-  STD_TORCH_CHECK(x->dim() == int64_t(full.size()), name, ": expected ", full.size(),
-                  " dimensions, got ", bsa::shape(*x));
-  int64_t* const strides[] = {&r.batch, &r.head, &r.row};
-  int64_t i = 0;
-  for (const int64_t size : full) {
-    STD_TORCH_CHECK(x->size(i) == size || x->size(i) == 1, name, ": expected size ", size,
-                    " or 1 in dimension ", i, ", got ", bsa::shape(*x));
-    *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
-    ++i;
-  }
-  r.data = static_cast<const float*>(x->const_data_ptr());
-  return r;
-}
-
-}  // namespace
 
 std::string cpu_level() { return bsa::level().name; }
 
@@ -40,16 +14,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
     int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
     MaybeTensor int8_keys) {
-  STD_TORCH_CHECK(order >= 0 && order <= 2,
-                  "order: expected 0 ascending, 1 sink_diagonal or 2 descending, got ", order);
-  STD_TORCH_CHECK(split_k >= 1, "split_k: expected at least 1, got ", split_k);
+  bsa::check_order(order, split_k);
   bsa::Problem p;
   p.split_k = split_k, p.order = bsa::Order(order), p.keep_sink = keep_sink;
   const bsa::Requests requests = bsa::fill(p, q, k, v, key_valid, q_offset, sinks, scale, causal,
                                            window, softcap, block_q, block_k);
-  p.log_lambda = rule_tensor(log_lambda, "log_lambda", {p.B, p.Hq});
-  p.threshold = rule_tensor(block_threshold, "block_threshold", {p.B, p.Hq, p.NQ});
-  p.budget = rule_tensor(max_dropped_mass, "max_dropped_mass", {p.B, p.Hq});
+  p.log_lambda = bsa::rule_tensor<bsa::RuleTensor>(log_lambda, "log_lambda", q, {p.B, p.Hq});
+  p.threshold =
+      bsa::rule_tensor<bsa::RuleTensor>(block_threshold, "block_threshold", q, {p.B, p.Hq, p.NQ});
+  p.budget =
+      bsa::rule_tensor<bsa::RuleTensor>(max_dropped_mass, "max_dropped_mass", q, {p.B, p.Hq});
   p.any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
 
   if (int8_keys) p.int8 = bsa::int8_keys(*int8_keys, p.B, p.Hkv, p.D, p.Lk);

@@ -5,6 +5,13 @@
 
 #include "registration.h"
 
+// In the tests' emulation, the kernels for CUDA take the CPU's tensors.
+#if defined(BSA_EMULATE)
+#define BSA_DISPATCH_KEY CPU
+#else
+#define BSA_DISPATCH_KEY CUDA
+#endif
+
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor? key_valid, Tensor? q_offset, Tensor? sinks, "
@@ -29,6 +36,11 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("cpu_level() -> str");
 }
 
+#if defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, BSA_DISPATCH_KEY, ops) {
+  ops.impl("forward", TORCH_BOX(&forward_cuda));
+}
+#else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("forward", TORCH_BOX(&forward_cpu));
   ops.impl("backward", TORCH_BOX(&backward_cpu));
@@ -39,5 +51,6 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("cpu_level", TORCH_BOX(&cpu_level));
 }
+#endif
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

@@ -20,6 +20,19 @@ forward_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Ten
             int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
             std::optional<torch::stable::Tensor> int8_keys);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+forward_cuda(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v,
+             std::optional<torch::stable::Tensor> key_valid,
+             std::optional<torch::stable::Tensor> q_offset,
+             std::optional<torch::stable::Tensor> sinks,
+             std::optional<torch::stable::Tensor> log_lambda,
+             std::optional<torch::stable::Tensor> block_threshold,
+             std::optional<torch::stable::Tensor> max_dropped_mass, double scale, bool causal,
+             int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
+             int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
+             std::optional<torch::stable::Tensor> int8_keys);
+
 void append_int8_keys_cpu(torch::stable::Tensor k, torch::stable::Tensor position,
                           torch::stable::Tensor copy);
 
