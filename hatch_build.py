@@ -28,7 +28,7 @@ def built_variants(root: Path) -> dict[str, Path]:
 
 def is_native(variant: str) -> bool:
     """Whether a variant of that name holds machine code for this platform."""
-    return "-cpu-" in variant
+    return "-cpu-" in variant or "-cu1" in variant
 
 
 class NativeVariantHook(BuildHookInterface):
@@ -45,7 +45,7 @@ class NativeVariantHook(BuildHookInterface):
             return
         variants = built_variants(Path(self.root))
         native = any(map(is_native, variants))
-        if choice == "require" and not native:
+        if choice == "require" and not any("-cpu-" in name for name in variants):
             raise RuntimeError(
                 "HFSA_WHEEL_NATIVE=require, but no CPU variant lies under kernel_hub/*/build/; "
                 "run `python kernel_hub/build.py` first"

@@ -1,13 +1,14 @@
-"""`make gpu-check`: the Triton backend on the GPU of this machine, proven right and then timed.
+"""`make gpu-check`: the backends for GPUs on this machine's, proven right and then timed.
 
     python benchmarks/gpu_check.py [--seconds 520] [--time-anyway] [--emulate]
 
-One command for a fresh machine: needs Python, torch, Triton and transformers, no internet and no
-compiler but Triton's. It puts up the universal variant, checks small shapes against the float64
-oracle of the tests and large ones against float64 on the device, runs compute-sanitizer where there
-is one, and times against SDPA (flash, cuDNN) and FlexAttention. Everything on the GPU runs in child
-processes, each case within a time limit: a hang or a fault costs its case and no more. If something
-is wrong, nothing is timed (but with --time-anyway, which the result then says).
+One command for a fresh machine: needs Python, torch, Triton and transformers, and no internet; the
+CUDA variant also nvcc and g++, without which it alone is left out. It builds the variants, checks
+small shapes against the float64 oracle of the tests and large ones against float64 on the device,
+runs compute-sanitizer where there is one, and times against SDPA (flash, cuDNN) and FlexAttention.
+Everything on the GPU runs in child processes, each case within a time limit: a hang or a fault
+costs its case and no more. If something is wrong, nothing is timed (but with --time-anyway, which
+the result then says).
 
 The result is gpu_check.json in the folder $OUT, else in benchmarks/results; it is written again
 after every stage. The exit status is 0 only if all that ran was right. `--emulate` runs tiny cases
@@ -69,6 +70,21 @@ def is_gpu_there() -> bool:
     return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def build_cuda(builder: list[str], *, emulate: bool) -> dict[str, Any]:
+    """Builds the CUDA variant: its id, or why there is none, and how long that took."""
+    start = time.monotonic()
+    what = ["--emulate"] if emulate else ["--variant", "cuda"]
+    done = subprocess.run([*builder, *what], capture_output=True, text=True)
+    print(done.stdout or done.stderr, flush=True)
+    took = round(time.monotonic() - start, 1)
+    if done.returncode:
+        return {"cuda": f"not built: {done.stderr[-2000:]}", "cuda_build_took": took}
+    folder = ROOT / "kernel_hub/block-skip-attention"
+    pattern = ".build/emulated" if emulate else "build/torch-stable-abi*-cu[0-9]*"
+    built = max(folder.glob(f"{pattern}/metadata.json"), key=lambda path: path.stat().st_mtime)
+    return {"cuda": json.loads(built.read_text())["id"], "cuda_build_took": took}
+
+
 def check(
     result: dict[str, Any], deadline: float, path: Path, *, emulate: bool, time_anyway: bool
 ) -> None:
@@ -86,7 +102,10 @@ def check(
         for row in rows:
             print_row(row)
 
-    keep("correctness", run_cases(["small", "large"], options, case_limit=60, deadline=left(0.4)))
+    groups = ["small", "large"]
+    if result["cuda"].startswith("_"):
+        groups = ["small_cuda", "small_sm80", "large_cuda", *groups]
+    keep("correctness", run_cases(groups, options, case_limit=60, deadline=left(0.5)))
     rows = []
     for tool in TOOLS:
         if emulate or shutil.which("compute-sanitizer") is None:
@@ -141,12 +160,14 @@ def main() -> None:
     if not args.emulate and not is_gpu_there():
         sys.exit("gpu-check: expected a CUDA device, found none; `make test` needs none")
     os.environ["TRITON_INTERPRET"] = "1" if args.emulate else "0"
-    builder = [sys.executable, str(ROOT / "kernel_hub/build.py"), "--variant", "universal"]
-    subprocess.run(builder, check=True)
+    os.environ["HF_SPARSE_ATTENTION_EMULATE"] = "1" if args.emulate else "0"
+    builder = [sys.executable, str(ROOT / "kernel_hub/build.py")]
+    subprocess.run([*builder, "--variant", "universal"], check=True)
+    built = build_cuda(builder, emulate=args.emulate)
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gpu_check.json"
-    result: dict[str, Any] = {"emulated": args.emulate, **provenance()}
+    result: dict[str, Any] = {"emulated": args.emulate, **provenance(), **built}
     check(result, deadline, path, emulate=args.emulate, time_anyway=args.time_anyway)
     failed = wrong(result)
     result["right"] = not failed

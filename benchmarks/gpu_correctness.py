@@ -1,4 +1,4 @@
-"""Whether the Triton backend is right on this device.
+"""Whether our backends for GPUs, `triton` and `cuda`, are right on this device.
 
 Small cases against the float64 oracle of the tests; large ones against float64 on the device, for
 sampled block rows: every decision of the row, and its numbers over the blocks that it kept.
@@ -7,6 +7,7 @@ sampled block rows: every decision of the row, and its numbers over the blocks t
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_inputs
+from hf_sparse_attention.backends import BACKENDS
 from hf_sparse_attention.functional import attend
 from hf_sparse_attention.types import (
     AttentionCall,
@@ -53,16 +55,46 @@ SMALL: dict[str, tuple] = {
 }
 
 
-def small_cases(device: str, limit: int | None = None) -> list[Case]:
-    """Every small case under every rule, with gradients where all but the rule is plain."""
+def small_cases(device: str) -> list[Case]:
+    """Every small case under every rule, with gradients."""
+    return _small_cases(device, "triton")
+
+
+def small_cuda_cases(device: str) -> list[Case]:
+    """The same of the CUDA kernels: forward only, and in 16 bits."""
+    return _small_cases(device, "cuda")
+
+
+def small_sm80_cases(device: str) -> list[Case]:
+    """Those again on Hopper, without the prefill kernel made for it."""
+
+    def without_sm90(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        os.environ["HF_SPARSE_ATTENTION_CUDA_LEVEL"] = "sm_80"
+        try:
+            return run()
+        finally:
+            del os.environ["HF_SPARSE_ATTENTION_CUDA_LEVEL"]
+
+    cases = [
+        (name, run)
+        for name, run in _small_cases(device, "cuda")
+        if "decode" not in name and name.endswith(("never", "blasst"))
+    ]
+    return [(f"sm_80 {name}", lambda run=run: without_sm90(run)) for name, run in cases]
+
+
+def _small_cases(device: str, backend: str) -> list[Case]:
     return [
-        (f"{name}, {rule}", lambda name=name, rule=rule: small(device, name, rule))
-        for name in list(SMALL)[:limit]
+        (
+            f"{backend}: {name}, {rule}",
+            lambda name=name, rule=rule: small(device, name, rule, backend),
+        )
+        for name in SMALL
         for rule in RULES
     ]
 
 
-def small(device: str, name: str, rule_name: str) -> dict[str, Any]:
+def small(device: str, name: str, rule_name: str, backend: str) -> dict[str, Any]:
     """One small case: forward, decisions, certificate and gradients by the tests' oracle."""
     batch, heads, kv_heads, q_len, kv_len, size, dtype, geometry_name, features = SMALL[name]
     torch.manual_seed(7)
@@ -76,11 +108,15 @@ def small(device: str, name: str, rule_name: str) -> dict[str, Any]:
         options["key_valid"][-1, -kv_len // 8 :] = False
     if features.get("with_sinks"):
         options |= {"sinks": torch.randn(heads), "softcap": 8.0}
+    if backend == "cuda" and dtype == torch.float32:
+        dtype = torch.bfloat16
     call = AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), scale=size**-0.5, **options)
     there = moved(call, device)
-    leaves = {x: getattr(there, x).detach().requires_grad_() for x in ("q", "k", "v")}
+    leaves = {x: getattr(there, x).detach() for x in ("q", "k", "v")}
     if there.sinks is not None:
-        leaves["sinks"] = there.sinks.detach().requires_grad_()
+        leaves["sinks"] = there.sinks.detach()
+    if backend == "triton":
+        leaves = {x: leaf.requires_grad_() for x, leaf in leaves.items()}
     rule = SkipRule(
         *(None if x is None else x.to(device) for x in conditions(RULES[rule_name])),
     )
@@ -88,12 +124,10 @@ def small(device: str, name: str, rule_name: str) -> dict[str, Any]:
         AttentionCall(**{**vars(there), **leaves}),
         rule,
         geometry,
-        "triton",
+        backend,
         return_skips=True,
         return_dropped_mass=True,
     )
-    dout = torch.randn_like(call.q[..., :1].transpose(1, 2).expand(*result.out.shape).contiguous())
-    result.out.backward(dout.to(device))
     here = AttentionResult(
         *(
             None if x is None else x.detach().cpu()
@@ -101,8 +135,11 @@ def small(device: str, name: str, rule_name: str) -> dict[str, Any]:
         )
     )
     kernel_checks.check(call, RULES[rule_name], geometry, here, weights_dtype=dtype)
-    gradients = {n: leaf.grad.cpu() for n, leaf in leaves.items() if leaf.grad is not None}
-    gradient_checks.check(call, geometry, here, gradients, dout, torch.zeros_like(here.lse))
+    if backend == "triton":
+        dout = torch.randn_like(here.out)
+        result.out.backward(dout.to(device))
+        gradients = {n: leaf.grad.cpu() for n, leaf in leaves.items() if leaf.grad is not None}
+        gradient_checks.check(call, geometry, here, gradients, dout, torch.zeros_like(here.lse))
     visited, skipped = here.counts.sum((0, 1)).tolist()
     return {"visited": visited, "skipped": skipped}
 
@@ -131,12 +168,30 @@ EMULATED_LARGE = {"prefill": (1, 1, 1, 200, 200, 0.5)}
 
 
 def large_cases(device: str) -> list[Case]:
+    return _large_cases(device, "triton")
+
+
+def large_cuda_cases(device: str) -> list[Case]:
+    return _large_cases(device, "cuda")
+
+
+def _large_cases(device: str, backend: str) -> list[Case]:
     shapes = EMULATED_LARGE if device == "cpu" else LARGE
-    return [(name, lambda shape=shape: large(device, *shape)) for name, shape in shapes.items()]
+    return [
+        (f"{backend}: {name}", lambda shape=shape: large(device, backend, *shape))
+        for name, shape in shapes.items()
+    ]
 
 
 def large(
-    device: str, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, sparsity: float
+    device: str,
+    backend: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    sparsity: float,
 ) -> dict[str, Any]:
     """One large case under BLASST, in bfloat16 at head size 128: some of its rows in float64."""
     q, k, v = gpu_inputs.make(
@@ -146,7 +201,7 @@ def large(
     geometry = BlockGeometry()
     log_lambda = math.log(gpu_inputs.LAMBDA)
     rule = SkipRule(log_lambda=torch.full((1, 1), log_lambda, device=device))
-    result = attend(call, rule, geometry, "triton", return_skips=True)
+    result = attend(call, rule, geometry, backend, return_skips=True)
     worst = 0.0
     decode = call.phase == "decode"
     rows = 1 if decode else geometry.block_q
@@ -230,4 +285,12 @@ def check_decisions(
 def sanitize_cases(device: str) -> list[Case]:
     """What compute-sanitizer watches: each kernel once, with masked edges."""
     names = ("chunk, padded", "decode of 3, padded", "window", "head size 256")
-    return [(f"{name}, blasst", lambda name=name: small(device, name, "blasst")) for name in names]
+    backends = [name for name in ("triton", "cuda") if BACKENDS[name].available() is None]
+    return [
+        (
+            f"{backend}: {name}, blasst",
+            lambda name=name, b=backend: small(device, name, "blasst", b),
+        )
+        for backend in backends
+        for name in names
+    ]

@@ -1,4 +1,4 @@
-"""Times of the Triton backend and its peers on this device, taken in turns.
+"""Times of our backends for GPUs and of their peers on this device, taken in turns.
 
 A contestant is warmed up (which compiles it), its output is compared with the first peer's, and
 only then timed: in each round everyone runs once, behind a flush of the L2 cache. Reported is the
@@ -21,9 +21,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_inputs
 from benchmarks.gpu_correctness import Case
+from hf_sparse_attention.backends import BACKENDS
 from hf_sparse_attention.functional import attend
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
+OURS = ("triton", "cuda")
 EMULATED = os.environ.get("TRITON_INTERPRET", "") == "1"
 HEADS, KV_HEADS, SIZE = (2, 1, 16) if EMULATED else (32, 8, 128)
 SCALE = SIZE**-0.5
@@ -56,10 +58,14 @@ def prefill(device: str, length: int) -> dict[str, Any]:
     sparsity = {}
     for s, qkv in made.items():
         for geometry in (BlockGeometry(64, 64), BlockGeometry(64, 128)):
-            name = f"triton {geometry.name}, {s:.0%} low"
-            runs[name] = own(*qkv, geometry)
-            sparsity[name] = measured_sparsity(*qkv, geometry)
-    runs["triton 64x64, no rule"] = own(*made[0.0], BlockGeometry(), SkipRule.never())
+            for backend in ours():
+                name = f"{backend} {geometry.name}, {s:.0%} low"
+                runs[name] = own(*qkv, geometry, backend)
+                sparsity[name] = measured_sparsity(*qkv, geometry, backend)
+    for backend in ours():
+        runs[f"{backend} 64x64, no rule"] = own(
+            *made[0.0], BlockGeometry(), backend, SkipRule.never()
+        )
     flops = 2 * HEADS * length**2 * SIZE * 2 / 2
     return measure(runs, sparsity, flops=flops)
 
@@ -73,9 +79,10 @@ def decode(device: str, batch: int, kv_len: int) -> dict[str, Any]:
     runs: dict[str, Run] = peers(*made[0.0], causal=False)
     sparsity = {}
     for s, qkv in made.items():
-        name = f"triton 64x64, {s:.0%} low"
-        runs[name] = own(*qkv, BlockGeometry())
-        sparsity[name] = measured_sparsity(*qkv, BlockGeometry())
+        for backend in ours():
+            name = f"{backend} 64x64, {s:.0%} low"
+            runs[name] = own(*qkv, BlockGeometry(), backend)
+            sparsity[name] = measured_sparsity(*qkv, BlockGeometry(), backend)
     size = 2 * batch * KV_HEADS * kv_len * SIZE * 2
     return measure(runs, sparsity, size=size, graphs=device == "cuda")
 
@@ -90,8 +97,8 @@ def training(device: str, length: int) -> dict[str, Any]:
     for s, qkv in made.items():
         name = f"triton 64x64, {s:.0%} low"
         leaves = tuple(x.detach().requires_grad_() for x in qkv)
-        runs[name] = with_backward(own(*leaves, BlockGeometry()), leaves)
-        sparsity[name] = measured_sparsity(*qkv, BlockGeometry())
+        runs[name] = with_backward(own(*leaves, BlockGeometry(), "triton"), leaves)
+        sparsity[name] = measured_sparsity(*qkv, BlockGeometry(), "triton")
     flops = 3.5 * 2 * HEADS * length**2 * SIZE * 2 / 2
     return measure(runs, sparsity, flops=flops)
 
@@ -107,17 +114,29 @@ def rule_for(q: Tensor) -> SkipRule:
     return SkipRule(log_lambda=torch.full((1, 1), log_lambda, device=q.device))
 
 
+def ours() -> list[str]:
+    """Our backends that can be timed here."""
+    return [name for name in OURS if BACKENDS[name].available() is None]
+
+
 def own(
-    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, rule: SkipRule | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: BlockGeometry,
+    backend: str,
+    rule: SkipRule | None = None,
 ) -> Run:
     call = AttentionCall(q, k, v, scale=SCALE)
     rule = rule_for(q) if rule is None else rule
-    return lambda: attend(call, rule, geometry, "triton").out.transpose(1, 2)
+    return lambda: attend(call, rule, geometry, backend).out.transpose(1, 2)
 
 
-def measured_sparsity(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry) -> float:
+def measured_sparsity(
+    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, backend: str
+) -> float:
     with torch.no_grad():
-        result = attend(AttentionCall(q, k, v, scale=SCALE), rule_for(q), geometry, "triton")
+        result = attend(AttentionCall(q, k, v, scale=SCALE), rule_for(q), geometry, backend)
     visited, skipped = result.counts.sum((0, 1)).tolist()
     return skipped / visited
 
@@ -127,12 +146,8 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
     if leaves:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
 
-    def sdpa(backend: SDPBackend | None) -> Run:
+    def sdpa(backend: SDPBackend) -> Run:
         def run() -> Tensor:
-            if backend is None:
-                return scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, scale=SCALE, enable_gqa=True
-                )
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(
                     q, k, v, is_causal=causal, scale=SCALE, enable_gqa=True
@@ -141,7 +156,7 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
         return run
 
     if q.device.type == "cpu":
-        return {"sdpa": sdpa(None)}
+        return {"sdpa": sdpa(SDPBackend.MATH)}
     found = {
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -205,7 +220,7 @@ def measure(
     """Rounds of everyone once, as many as fit into a few seconds; medians.
 
     Args:
-        runs: by name; ours begin with "triton", and those of them on the peers' own inputs have
+        runs: by name; ours begin with the backend's; those on the peers' own inputs have
             "0% low", or no sparsity.
         sparsity: what was measured of ours.
         flops: of dense attention, or
@@ -230,7 +245,7 @@ def measure(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(timed(runs[name]))
     seconds = {name: statistics.median(each) for name, each in times.items()}
-    peer_times = [t for name, t in seconds.items() if not name.startswith("triton")]
+    peer_times = [t for name, t in seconds.items() if not name.startswith(OURS)]
     best = min(peer_times, default=math.nan)
     rows = {}
     for name, t in seconds.items():
@@ -239,7 +254,7 @@ def measure(
         row |= {"tflops": flops / t / 1e12} if flops else {"gbytes_per_s": size / t / 1e9}
         row |= {"sparsity": sparsity[name]} if name in sparsity else {}
         rows[name] = row
-    ours_ran = not any(name.startswith("triton") for name in unable)
+    ours_ran = not any(name.startswith(OURS) for name in unable)
     return {"ok": ours_ran, "rounds": rounds, "contestants": rows, "unable": unable}
 
 

@@ -30,6 +30,9 @@ def faulty_cases(_: str) -> list[Any]:
 GROUPS = {
     "small": "benchmarks.gpu_correctness:small_cases",
     "large": "benchmarks.gpu_correctness:large_cases",
+    "small_cuda": "benchmarks.gpu_correctness:small_cuda_cases",
+    "small_sm80": "benchmarks.gpu_correctness:small_sm80_cases",
+    "large_cuda": "benchmarks.gpu_correctness:large_cuda_cases",
     "sanitize": "benchmarks.gpu_correctness:sanitize_cases",
     "prefill": "benchmarks.gpu_timing:prefill_cases",
     "decode": "benchmarks.gpu_timing:decode_cases",

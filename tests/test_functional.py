@@ -51,7 +51,7 @@ NEVER = SkipRule.never()
         ),
         (
             {"backend": "cudnn"},
-            "backend: expected one of auto, cpu, triton, reference, dense, got 'cudnn'",
+            "backend: expected one of auto, cpu, cuda, triton, reference, dense, got 'cudnn'",
         ),
     ],
 )
@@ -185,5 +185,5 @@ def test_never_skipping_does_not_need_the_slow_reference(monkeypatch):
 
 
 def test_available_backends_names_them_all():
-    assert list(available_backends()) == ["cpu", "triton", "reference", "dense"]
+    assert list(available_backends()) == ["cpu", "cuda", "triton", "reference", "dense"]
     assert available_backends()["reference"] is None

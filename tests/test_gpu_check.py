@@ -27,14 +27,19 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert result["emulated"]
     assert result["right"]
     assert result["kernel"].startswith("_block_skip_attention_universal_")
-    small, large = result["correctness"]
-    assert small["group"] == "small"
-    assert large["sparsity"] > 0
-    assert large["error_over_allowed"] <= 1
+    assert result["cuda"].startswith("_block_skip_attention_emulated_")
+    names = [row["name"] for row in result["correctness"]]
+    assert [name.partition(":")[0] for name in names] == [
+        *("cuda", "sm_80 cuda", "cuda", "triton", "triton")
+    ]
+    for large in result["correctness"][2::2]:
+        assert large["sparsity"] > 0
+        assert large["error_over_allowed"] <= 1
     for row in result["timing"]:
         names = list(row["contestants"])
         assert names[0] == "sdpa"
         assert any(name.startswith("triton") for name in names)
+        assert row["group"] == "training" or any(name.startswith("cuda") for name in names)
         assert row["unable"] == {}
     skipped = [x.get("sparsity", 0) for x in result["timing"][0]["contestants"].values()]
     assert max(skipped) > 0, "something was skipped"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from hf_sparse_attention.backends import cpu, dense, reference, triton
+from hf_sparse_attention.backends import cpu, cuda, dense, reference, triton
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
 
 
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
 #: In the order in which "auto" tries them. The reference keeps the rules, slowly; dense has none.
 BACKENDS: dict[str, Backend] = {
-    backend.NAME: backend for backend in (cpu, triton, reference, dense)
+    backend.NAME: backend for backend in (cpu, cuda, triton, reference, dense)
 }
 
 
@@ -69,7 +69,7 @@ def select(
     for backend in BACKENDS.values():
         if _is_for_tests(backend, call):
             continue
-        if backend in (triton, reference) and rule.is_never:
+        if backend in (cuda, triton, reference) and rule.is_never:
             continue  # nothing to skip: dense gives the same, faster
         reason = _refusal(backend, call, rule, geometry)
         if reason is None:
@@ -100,8 +100,8 @@ def choose_geometry(
 
 
 def _is_for_tests(backend: Backend, call: AttentionCall) -> bool:
-    """Whether only tests, which name it, want the backend: Triton interpreted on the CPU."""
-    return backend.NAME == triton.NAME and call.q.device.type == "cpu"
+    """Whether only tests, which name it, want the backend: GPUs' kernels interpreted on the CPU."""
+    return backend.NAME in (cuda.NAME, triton.NAME) and call.q.device.type == "cpu"
 
 
 def _refusal(

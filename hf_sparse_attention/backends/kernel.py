@@ -25,13 +25,18 @@ REPO_ID = "hf-sparse-attention/block-skip-attention"
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Variant = Literal["cpu", "universal"]
+Variant = Literal["cpu", "cuda", "emulated", "universal"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent / "kernel_hub" / "block-skip-attention"
 _WHEEL = _PACKAGE / "_kernels"
 _ORDERS = {"ascending": 0, "sink_diagonal": 1, "descending": 2}
-_FOLDERS: dict[Variant, str] = {"cpu": "torch-stable-abi*-cpu-*", "universal": "torch-universal"}
+_FOLDERS: dict[Variant, str] = {
+    "cpu": "torch-stable-abi*-cpu-*",
+    "cuda": "torch-stable-abi*-cu[0-9]*",
+    "emulated": ".build/emulated",  # for tests, never uploaded
+    "universal": "torch-universal",
+}
 
 
 @functools.cache
@@ -39,7 +44,8 @@ def load(variant: Variant, allow_hub: bool | None = None) -> ModuleType | str:
     """The variant's module, or why there is none; looked for once.
 
     Args:
-        variant: "cpu" is the compiled one for CPUs, "universal" the Triton kernels.
+        variant: "cpu" is the compiled one for CPUs, "cuda" that for GPUs, "emulated" the latter for
+            a CPU, "universal" the Triton kernels.
         allow_hub: whether it may be downloaded; None asks HF_SPARSE_ATTENTION_HUB_KERNELS.
     """
     if allow_hub is None:
@@ -86,7 +92,9 @@ def _import_local(folder: Path, build: Path, variant: Variant) -> ModuleType:
         import kernels  # here, so that importing this package stays fast
     except ModuleNotFoundError:  # a bare machine: what lies here needs no downloader
         return _import_plainly(build)
-    if variant == "universal":
+    if variant == "emulated":  # no variant that `kernels` knows
+        return _import_plainly(build)
+    if variant != "cpu":
         return _checked(kernels.get_local_kernel(build), variant)
     return _checked(kernels.get_local_kernel(folder, backend="cpu"), variant)
 
