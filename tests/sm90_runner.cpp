@@ -13,12 +13,12 @@ void choose(const Params& p, const std::string& version) {
     return sm90::launch<sm90::Config<T, kD, kDv, kBlockK, true, false, true>>(p, nullptr);
   if (version == "always")
     return sm90::launch<sm90::Config<T, kD, kDv, kBlockK, true, false, false>>(p, nullptr);
-  if constexpr (kD <= 128 && kBlockK == 128) {
+  using OnDemand = sm90::Config<T, kD, kDv, kBlockK, true, true, false>;
+  if constexpr (OnDemand::kFits)
+    if (version == "demand") return sm90::launch<OnDemand>(p, nullptr);
+  if constexpr (kD <= 128 && kBlockK == 128)
     if (version == "dense")
       return sm90::launch<sm90::Config<T, kD, kDv, kBlockK, false, false, false>>(p, nullptr);
-    if (version == "demand")
-      return sm90::launch<sm90::Config<T, kD, kDv, kBlockK, true, true, false>>(p, nullptr);
-  }
   emulator::fail("no such version: " + version);
 }
 

@@ -46,9 +46,9 @@ void choose_version(const Params& p, void* stream, float expected_sparsity) {
   if (p.softcap > 0.0f || p.scale <= 0.0f || p.wants_dropped())
     return launch<Config<T, kD, kDv, kBlockK, true, false, true>>(p, stream);
   if (!any_rule) return launch<Config<T, kD, kDv, kBlockK, false, false, false>>(p, stream);
-  if constexpr (kD <= 128 && kBlockK == 128)  // else slots do not fit, or Q not into K's
-    if (expected_sparsity >= kOnDemandFrom)
-      return launch<Config<T, kD, kDv, kBlockK, true, true, false>>(p, stream);
+  using OnDemand = Config<T, kD, kDv, kBlockK, true, true, false>;
+  if constexpr (OnDemand::kFits)
+    if (expected_sparsity >= kOnDemandFrom) return launch<OnDemand>(p, stream);
   return launch<Config<T, kD, kDv, kBlockK, true, false, false>>(p, stream);
 }
 

@@ -16,21 +16,17 @@ struct Config {
   using Element = Element_;
   static constexpr int kD = kD_, kDv = kDv_, kBlockK = kBlockK_;
   static constexpr bool kRule = kRule_, kOnDemand = kOnDemand_, kGeneral = kGeneral_;
-  static constexpr bool kQInRegisters = kOnDemand;
-
   static constexpr int kQBytes = kPair * kRows * kD * 2;
   static constexpr int kKBytes = kBlockK * kD * 2, kVBytes = kBlockK * kDv * 2;
-  // Q has a place of its own, or comes through K's ring.
+  // Q has a place of its own; or, if that makes room for a third slot, it comes through K's ring.
+  static constexpr bool kQInRegisters = kOnDemand && kQBytes == kKBytes;
   static constexpr int kQPlace = kQInRegisters ? 0 : kQBytes;
-  static_assert(!kQInRegisters || kQBytes == kKBytes, "Q must fit K's slot exactly");
   static constexpr int kRoom = kMostShared - 2048 - kQPlace;
   // As deep as there is room for: the copies must outrun the skips.
-  static constexpr int kVSlots = kOnDemand                         ? 2 * kPair
-                                 : kRoom / (kKBytes + kVBytes) < 4 ? kRoom / (kKBytes + kVBytes)
-                                                                   : 4;
-  static constexpr int kKFit = (kRoom - kVSlots * kVBytes) / kKBytes;
-  static constexpr int kKSlots = kKFit < 4 ? kKFit : 4;
-  static_assert(kKSlots >= 2 && kVSlots >= 2);
+  static constexpr int kMostSlots = 8, kPairs = kRoom / (kKBytes + kVBytes);
+  static constexpr int kVSlots = kOnDemand ? 2 * kPair : least(kPairs, kMostSlots);
+  static constexpr int kKSlots = least((kRoom - kVSlots * kVBytes) / kKBytes, kMostSlots);
+  static constexpr bool kFits = kKSlots >= 2 && kVSlots >= 2;
 };
 
 // Barriers first, then slots at multiples of 1024 bytes.
@@ -39,7 +35,7 @@ struct Memory {
   static constexpr int kBarriers = 1 + 2 * (C::kKSlots + C::kVSlots);
   static constexpr int kBytes =
       2048 + C::kQPlace + C::kKSlots * C::kKBytes + C::kVSlots * C::kVBytes;
-  static_assert(kBytes <= kMostShared && kBarriers * 8 <= 1024);
+  static_assert(C::kFits && kBytes <= kMostShared && kBarriers * 8 <= 1024);
 
   uint32_t barriers, slots;
   __device__ __forceinline__ explicit Memory(uint32_t start)

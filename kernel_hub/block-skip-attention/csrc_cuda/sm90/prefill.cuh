@@ -7,16 +7,13 @@
 // decision is the warpgroup's alone: 64 rows by `block_k` keys.
 //
 // Versions, from one template, so that what dense attention does not need it does not pay for:
-//   kRule = false    no vote: every block is kept;
-//   kOnDemand false  V streams through a second ring, whether or not a block is kept. A skip saves
-//                    the exponentials and P V. Both warpgroups use each load of V.
-//   kOnDemand true   a warpgroup asks for V after it voted to keep, into one of its own two slots.
-//   A
-//                    skip saves V's traffic too, but a block that both keep is loaded twice. No
-//                    barrier guards those slots: the vote itself is what all four warps reach only
-//                    after the product that read the slot is done. Q lies in registers, and the
-//                    slot in which it came is K's third.
-//   kGeneral         softcap, scales <= 0, the budget rule and the certificate.
+// - kRule = false: no vote, every block is kept.
+// - kOnDemand = false: V streams through a second ring, kept or not. A skip saves the exponentials
+//   and P V. Both warpgroups use each load of V.
+// - kOnDemand = true: a warpgroup asks for V after it voted to keep, into one of its own two slots.
+//   A skip saves V's traffic too, but what both keep is loaded twice. No barrier guards those
+//   slots: all four warps reach the vote only after the product that read the slot is done.
+// - kGeneral: softcap, scales <= 0, the budget rule and the certificate.
 //
 // Every barrier wait is counted on both sides: a warpgroup that skips a block, or that a block is
 // not for, still waits for it and releases it. Without the wait it could release a slot twice

@@ -15,7 +15,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kRows = 64;  // of a block row
 constexpr int kPair = 2;   // block rows that one thread block computes
 
-__device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
+constexpr BSA_HOST_DEVICE int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ int clamp(int x, int low, int high) { return least(most(x, low), high); }
 
