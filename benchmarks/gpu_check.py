@@ -104,7 +104,7 @@ def check(
 
     groups = ["small", "large"]
     if result["cuda"].startswith("_"):
-        groups = ["small_cuda", "small_sm80", "large_cuda", *groups]
+        groups = ["small_cuda", "small_sm90", "small_sm80", "large_cuda", *groups]
     keep("correctness", run_cases(groups, options, case_limit=60, deadline=left(0.5)))
     rows = []
     for tool in TOOLS:

@@ -96,7 +96,35 @@ def _small_cases(device: str, backend: str) -> list[Case]:
 
 def small(device: str, name: str, rule_name: str, backend: str) -> dict[str, Any]:
     """One small case: forward, decisions, certificate and gradients by the tests' oracle."""
-    batch, heads, kv_heads, q_len, kv_len, size, dtype, geometry_name, features = SMALL[name]
+    call, geometry = small_call(SMALL[name], backend)
+    there = moved(call, device)
+    leaves = {x: getattr(there, x).detach() for x in ("q", "k", "v")}
+    if there.sinks is not None:
+        leaves["sinks"] = there.sinks.detach()
+    if backend == "triton":
+        leaves = {x: leaf.requires_grad_() for x, leaf in leaves.items()}
+    result = attend(
+        AttentionCall(**{**vars(there), **leaves}),
+        rule_on(device, rule_name),
+        geometry,
+        backend,
+        return_skips=True,
+        return_dropped_mass=True,
+    )
+    here = on_cpu(result)
+    kernel_checks.check(call, RULES[rule_name], geometry, here, weights_dtype=call.q.dtype)
+    if backend == "triton":
+        dout = torch.randn_like(here.out)
+        result.out.backward(dout.to(device))
+        gradients = {n: leaf.grad.cpu() for n, leaf in leaves.items() if leaf.grad is not None}
+        gradient_checks.check(call, geometry, here, gradients, dout, torch.zeros_like(here.lse))
+    visited, skipped = here.counts.sum((0, 1)).tolist()
+    return {"visited": visited, "skipped": skipped}
+
+
+def small_call(case: tuple, backend: str) -> tuple[AttentionCall, BlockGeometry]:
+    """A small case, on the CPU."""
+    batch, heads, kv_heads, q_len, kv_len, size, dtype, geometry_name, features = case
     torch.manual_seed(7)
     geometry = BlockGeometry(*map(int, geometry_name.split("x")), split_k=128)
     q, k = kernel_checks.structured("needle", batch, heads, kv_heads, q_len, kv_len, size)
@@ -110,38 +138,18 @@ def small(device: str, name: str, rule_name: str, backend: str) -> dict[str, Any
         options |= {"sinks": torch.randn(heads), "softcap": 8.0}
     if backend == "cuda" and dtype == torch.float32:
         dtype = torch.bfloat16
-    call = AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), scale=size**-0.5, **options)
-    there = moved(call, device)
-    leaves = {x: getattr(there, x).detach() for x in ("q", "k", "v")}
-    if there.sinks is not None:
-        leaves["sinks"] = there.sinks.detach()
-    if backend == "triton":
-        leaves = {x: leaf.requires_grad_() for x, leaf in leaves.items()}
-    rule = SkipRule(
-        *(None if x is None else x.to(device) for x in conditions(RULES[rule_name])),
-    )
-    result = attend(
-        AttentionCall(**{**vars(there), **leaves}),
-        rule,
-        geometry,
-        backend,
-        return_skips=True,
-        return_dropped_mass=True,
-    )
-    here = AttentionResult(
-        *(
-            None if x is None else x.detach().cpu()
-            for x in (result.out, result.lse, result.counts, result.skips, result.dropped_mass)
-        )
-    )
-    kernel_checks.check(call, RULES[rule_name], geometry, here, weights_dtype=dtype)
-    if backend == "triton":
-        dout = torch.randn_like(here.out)
-        result.out.backward(dout.to(device))
-        gradients = {n: leaf.grad.cpu() for n, leaf in leaves.items() if leaf.grad is not None}
-        gradient_checks.check(call, geometry, here, gradients, dout, torch.zeros_like(here.lse))
-    visited, skipped = here.counts.sum((0, 1)).tolist()
-    return {"visited": visited, "skipped": skipped}
+    tensors = (q.to(dtype), k.to(dtype), v.to(dtype))
+    return AttentionCall(*tensors, scale=size**-0.5, **options), geometry
+
+
+def rule_on(device: str, name: str) -> SkipRule:
+    found = (None if x is None else x.to(device) for x in conditions(RULES[name]))
+    return SkipRule(*found)
+
+
+def on_cpu(result: AttentionResult) -> AttentionResult:
+    tensors = (result.out, result.lse, result.counts, result.skips, result.dropped_mass)
+    return AttentionResult(*(None if x is None else x.detach().cpu() for x in tensors))
 
 
 def conditions(rule: SkipRule) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

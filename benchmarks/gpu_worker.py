@@ -32,6 +32,7 @@ GROUPS = {
     "large": "benchmarks.gpu_correctness:large_cases",
     "small_cuda": "benchmarks.gpu_correctness:small_cuda_cases",
     "small_sm80": "benchmarks.gpu_correctness:small_sm80_cases",
+    "small_sm90": "benchmarks.gpu_hopper:small_cases",
     "large_cuda": "benchmarks.gpu_correctness:large_cuda_cases",
     "sanitize": "benchmarks.gpu_correctness:sanitize_cases",
     "prefill": "benchmarks.gpu_timing:prefill_cases",

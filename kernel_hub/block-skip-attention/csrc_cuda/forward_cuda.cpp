@@ -108,7 +108,7 @@ void prefill(const Params& p, [[maybe_unused]] const bsa::cuda::Device& device,
   const char* level = std::getenv("HF_SPARSE_ATTENTION_CUDA_LEVEL");
   const bool is_forced_down = level && std::string_view(level) == "sm_80";
   if (device.capability == 90 && !is_forced_down && !bsa::cuda::refusal_sm90(p))
-    return bsa::cuda::prefill_sm90(p, stream, 0.0f);
+    return bsa::cuda::prefill_sm90(p, stream, bsa::cuda::expected_sparsity());
 #endif
   bsa::cuda::prefill_sm80(p, stream);
 }
