@@ -198,6 +198,25 @@ def test_loads_beside_a_torch_without_cuda(library: Path, monkeypatch: pytest.Mo
     assert (out.shape, out.device.type) == ((1, 70, 2, 64), "cuda")
 
 
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PTX of the first one, for GPUs that are newer than all; of 9.0a there is none."""
+    monkeypatch.syspath_prepend(ROOT / "kernel_hub")
+    flags = importlib.import_module("nvcc").architecture_flags
+    assert flags(["8.0", "9.0"]) == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90,code=sm_90",
+    ]
+    assert flags(["9.0a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_the_repo_names_all_its_sources() -> None:
+    """What build.toml does not list is not uploaded, and does not change a variant's id."""
+    repo = ROOT / "kernel_hub/block-skip-attention"
+    listed = set(re.findall(r'"(csrc[^"]*\.[a-z]+)"', (repo / "build.toml").read_text()))
+    there = {x.relative_to(repo).as_posix() for x in repo.glob("csrc*/**/*.*") if x.is_file()}
+    assert listed == there
+
+
 def test_without_a_compiler_the_builder_says_so() -> None:
     environment = {**os.environ, "NVCC": "/nowhere/nvcc"}
     done = subprocess.run(BUILDER, capture_output=True, text=True, env=environment)
