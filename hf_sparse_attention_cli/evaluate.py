@@ -67,6 +67,14 @@ def evaluate(
         bool,
         typer.Option("--texts/--no-texts", help="Perplexity and KL on bundled texts, too."),
     ] = True,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of an answer, where its task would allow more.",
+            show_default="as RULER",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     thresholds: Thresholds = None,
     geometry: Geometry = None,
@@ -128,6 +136,7 @@ def evaluate(
         tokenizer,
         samples=counts,
         texts=texts,
+        max_new_tokens=max_new_tokens,
         seed=seed,
         config=settings_at(thresholds, network),
         chat_template=chat_template,

@@ -89,12 +89,34 @@ def test_by_setting(result):
     assert blasst["decode_perplexity"] == pytest.approx(math.exp(1.5))
 
 
+def test_by_task(result):
+    row = summary.by_task(result)[0]
+    assert (row["task"], row["length"], row["samples"]) == ("a", 1024, 2)
+    assert row["accuracy"] == {"dense": (1.0, 0.0), "blasst:0.5": (0.5, pytest.approx(0.5))}
+    assert row["change"] == {"dense": (0.0, 0.0), "blasst:0.5": (-0.5, pytest.approx(0.5))}
+
+
 def test_by_length_and_break_even(result):
     rows = {(row["length"], row["setting"]): row for row in summary.by_length(result)}
     assert rows[1024, "blasst:0.5"]["first_token_speedup"] == pytest.approx(0.5)
     assert rows[2048, "blasst:0.5"]["decode_speedup"] == pytest.approx(2.0)
     even = {"first_token_speedup": 2048, "decode_speedup": 2048}
     assert summary.break_even(result) == {"blasst:0.5": even}
+
+
+def test_break_even_over_the_kernel_without_skipping(result):
+    """`never` is as fast as blasst at 1024, and half as fast at 2048."""
+    for length, fast in ((1024, 0.5), (2048, 1.0)):
+        for task in ("a", "b"):
+            times = [2.0 / fast] * 2, [10.0 * fast] * 2
+            result["cells"].append(cell(task, length, "never", [0.0, 0.0], *times))
+    result["configuration"]["settings"].append("never")
+    even = {"first_token_speedup": 2048, "decode_speedup": 2048}
+    assert summary.break_even(result, "never") == {"blasst:0.5": even}
+    assert summary.break_even(result)["never"] == dict.fromkeys(even, None)
+    text = markdown(result)
+    assert "| blasst:0.5 | 2048 tokens | 2048 tokens | 2048 tokens | 2048 tokens |" in text
+    assert "| never | none | none |  |  |" in text
 
 
 @pytest.mark.parametrize(
@@ -137,4 +159,4 @@ def test_markdown(result):
     assert "| a | 1024 | 100.0 ± 0.0 | 50.0 ± 50.0 |" in text
     assert "| blasst:0.5 | 2048 tokens | 2048 tokens |" in text
     for line in text.splitlines():  # every row of a table has as many cells as its head
-        assert not line.startswith("|") or line.count("|") in (4, 5, 10)
+        assert not line.startswith("|") or line.count("|") in (4, 5, 9)

@@ -26,6 +26,15 @@ and heads (in this order). First token, decoding: times faster than dense (PyTor
 median over the samples."""
 
 
+BREAK_EVEN_COLUMNS = (
+    *("setting", "first token", "decoding"),
+    *("first token, over never", "decoding, over never"),
+)
+BREAK_EVEN = """\
+The shortest of the lengths from which on a setting is faster than dense; and than `never`, our
+kernel without skipping: that much of it is the skipping's."""
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole result: what was run, the settings, and each task by itself."""
     about, machine = result["configuration"], result["machine"]
@@ -39,15 +48,27 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = ["## Evaluation", head, table(SETTING_COLUMNS, setting_cells(result)), LEGEND]
     names = summary.settings_of(result)
     parts += ["### By task", table(["task", "tokens", *names], task_cells(result))]
-    even = summary.break_even(result)
-    rows = [[name, *map(_tokens, found.values())] for name, found in even.items()]
+    rows = break_even_cells(result)
     if rows:
-        parts += [
-            "### Break-even",
-            "The shortest of the lengths from which on a setting is faster than dense.",
-            table(["setting", "first token", "decoding"], rows),
-        ]
+        parts += ["### Break-even", BREAK_EVEN, table(BREAK_EVEN_COLUMNS, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def break_even_cells(result: Mapping[str, Any]) -> list[list[str]]:
+    """A row of cells under `BREAK_EVEN_COLUMNS` for each setting but dense."""
+    found = {base: summary.break_even(result, base) for base in (summary.DENSE, summary.NEVER)}
+    return [
+        [
+            name,
+            *(
+                _tokens(found[base][name][measure]) if name in found[base] else ""
+                for base in (summary.DENSE, summary.NEVER)
+                for measure in summary.SPEEDUPS
+            ),
+        ]
+        for name in summary.settings_of(result)
+        if name != summary.DENSE
+    ]
 
 
 def setting_cells(
@@ -102,9 +123,18 @@ def skipped(found: Mapping[str, float | None]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table, without columns that are empty in every row."""
+    columns, rows = without_empty(columns, list(rows))
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def without_empty(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The columns in which some row has something, and the rows under them."""
+    kept = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    return [columns[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
 def _times(speedup: float | None) -> str:
@@ -112,4 +142,5 @@ def _times(speedup: float | None) -> str:
 
 
 def _tokens(length: int | None) -> str:
+    """A break-even."""
     return "none" if length is None else f"{length} tokens"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ def render(result: Mapping[str, Any]) -> str:
             **{name.replace("_", " "): value for name, value in result["machine"].items()},
             "minutes on tasks": round(result["seconds"] / 60, 1),
         },
-        "columns": markdown.SETTING_COLUMNS,
         "legend": markdown.LEGEND,
-        "settings": markdown.setting_cells(result),
+        "settings": _table(markdown.SETTING_COLUMNS, markdown.setting_cells(result)),
         "lengths": {
-            length: markdown.setting_cells(result, [length]) for length in about["lengths"]
+            length: _table(markdown.SETTING_COLUMNS, markdown.setting_cells(result, [length]))
+            for length in about["lengths"]
         },
         "certificates": [
             {"setting": row["setting"], "phase": phase, **row[phase]}
@@ -54,14 +54,18 @@ def render(result: Mapping[str, Any]) -> str:
             for phase in ("prefill", "decode")
             if row[phase]["max"] is not None
         ],
-        "names": names,
-        "tasks": markdown.task_cells(result),
-        "break_even": [
-            {"setting": name, **found} for name, found in summary.break_even(result).items()
-        ],
+        "tasks": _table(["task", "tokens", *names], markdown.task_cells(result)),
+        "break_even": _table(markdown.BREAK_EVEN_COLUMNS, markdown.break_even_cells(result)),
+        "break_even_note": markdown.BREAK_EVEN.replace("`", ""),
     }
     figures = {name: draw(result) for name, draw in FIGURES.items()}
     return html_report.render(__package__, "report.html.j2", data, figures)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A table for the template, without empty columns."""
+    shown, cells = markdown.without_empty(columns, rows)
+    return {"columns": shown, "rows": cells}
 
 
 def _thresholds(result: Mapping[str, Any]) -> str:

@@ -31,20 +31,27 @@ def accuracy_against_speed(result: Result) -> bytes | None:
 
 def speed_against_length(result: Result) -> bytes | None:
     """Speedups over length, a line for each setting; None for a single length."""
-    rows = summary.by_length(result)
-    lengths = result["configuration"]["lengths"]
-    if len(lengths) < 2:
+    lengths, names = result["configuration"]["lengths"], summary.settings_of(result)[1:]
+    found = {
+        measure: {
+            name: [summary.speedup(result, name, length, measure) for length in lengths]
+            for name in names
+        }
+        for measure in _SPEEDUPS
+    }
+    shown = [m for m, lines in found.items() if any(x for y in lines.values() for x in y)]
+    if len(lengths) < 2 or not shown:
         return None
-    with drawing(2 * _WIDTH, _HEIGHT + 0.5) as made:
-        axes = made.figure.subplots(1, 2)
-        for axis, (measure, title) in zip(axes, _SPEEDUPS.items(), strict=True):
+    with drawing(_WIDTH * len(shown) + 1.2, _HEIGHT + 0.8) as made:
+        axes = made.figure.subplots(1, len(shown), squeeze=False)[0]
+        for axis, measure in zip(axes, shown, strict=True):
             axis.axhline(1.0, color=_DENSE, linewidth=1)
-            names = summary.settings_of(result)[1:]
-            for name, colour in _paired(names):
-                own = [row for row in rows if row["setting"] == name and row[measure]]
-                x, y = [row["length"] for row in own], [row[measure] for row in own]
-                axis.plot(x, y, "o-", color=colour, markersize=4, label=name)
-            axis.set(xscale="log", title=title, xlabel="tokens", ylabel="times faster than dense")
+            for n, (name, colour) in enumerate(_paired(names)):
+                y = [float("nan") if x is None else x for x in found[measure][name]]
+                line = "o-" if n < len(COLOURS) else "s--"
+                axis.plot(lengths, y, line, color=colour, markersize=4, label=name)
+            axis.set(xscale="log", title=_SPEEDUPS[measure])
+            axis.set(xlabel="tokens", ylabel="times faster than dense")
             axis.set_xticks(lengths, [str(length) for length in lengths])
             axis.minorticks_off()
         _legend(made.figure, axes[0])

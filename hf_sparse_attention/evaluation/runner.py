@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def evaluate(
     settings: Sequence[str | Setting] = DEFAULT_SETTINGS,
     samples: int | Mapping[int, int] = DEFAULT_SAMPLES,
     texts: bool = True,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     config: SparseAttentionConfig | None = None,
     geometry: str | BlockGeometry | None = None,
@@ -85,6 +86,8 @@ def evaluate(
         settings: what to compare, as `settings.FORMS` writes it; dense always runs, too.
         samples: of each task at each length; or by length.
         texts: also measure perplexity and KL on the bundled validation texts.
+        max_new_tokens: where a task allows an answer more tokens, it gets so many; prompts stay as
+            they are.
         seed: of the samples.
         config: calibrated settings; None: the model's own, if it has thresholds; else it is
             calibrated, on bundled prose and code, at `lengths`.
@@ -106,6 +109,8 @@ def evaluate(
     wanted = parse_settings(settings)
     lengths = checked_lengths(model, lengths)
     counts = checked_samples(samples, lengths)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected a positive integer, got {max_new_tokens}")
     thresholds = ThresholdSource(model, wanted, config, geometry)
     configuration = {
         "model": provenance.about_model(model, name),
@@ -114,6 +119,7 @@ def evaluate(
         "settings": [setting.name for setting in wanted],
         "samples": samples if isinstance(samples, int) else {str(n): counts[n] for n in lengths},
         "texts": texts,
+        "max_new_tokens": max_new_tokens,
         "seed": seed,
         "chat_template": chat_template,
         "geometry": thresholds.geometry.name,
@@ -125,6 +131,11 @@ def evaluate(
         store = Store(folder, configuration, resume)
         prompts = Prompts(tokenizer, chat_template)
         made = _samples(chosen, prompts, counts, seed, progress)
+        if max_new_tokens is not None:
+            made = [
+                (task, n, replace(x, max_new_tokens=min(x.max_new_tokens, max_new_tokens)))
+                for task, n, x in made
+            ]
         calibrated = thresholds.calibrated(tokenizer, lengths, folder / "calibration", progress)
         plan = _Plan(
             model,

@@ -17,7 +17,7 @@ from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.evaluation import provenance
 from hf_sparse_attention.evaluation.measure import Answer, answer, counted
 from hf_sparse_attention.evaluation.settings import Setting, parse_settings
-from hf_sparse_attention.evaluation.summary import DENSE, shortest_faster
+from hf_sparse_attention.evaluation.summary import DENSE, SPEEDUPS, shortest_faster
 from hf_sparse_attention.evaluation.ways import ThresholdSource, Way, ways
 from hf_sparse_attention.stats import collect_stats
 from hf_sparse_attention.types import PHASES, BlockGeometry
@@ -26,7 +26,6 @@ DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
 DEFAULT_SETTINGS = ("dense", "never", "blasst:0.5", "blasst:0.7", "budget:0.02")
 DEFAULT_ROUNDS = 3
 DEFAULT_NEW_TOKENS = 16
-SPEEDUPS = ("first_token_speedup", "decode_speedup")
 
 
 def benchmark(

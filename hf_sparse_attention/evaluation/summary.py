@@ -13,7 +13,12 @@ from typing import Any
 from hf_sparse_attention.evaluation.samples import mean_and_standard_error
 from hf_sparse_attention.types import PHASES
 
-DENSE = "dense"
+DENSE, NEVER = "dense", "never"
+#: By name, what is measured in each cell and whether more of it is slower.
+SPEEDUPS = {
+    "first_token_speedup": ("first_token_s", True),
+    "decode_speedup": ("tokens_per_s", False),
+}
 Result = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
@@ -34,12 +39,10 @@ def by_setting(result: Result, lengths: Sequence[int] | None = None) -> Rows:
     the medians over samples, and its largest `max`.
     """
     wanted = result["configuration"]["lengths"] if lengths is None else lengths
-    cells = [cell for cell in result["cells"] if cell["length"] in wanted]
-    dense = {(cell["task"], cell["length"]): cell for cell in cells if cell["setting"] == DENSE}
     rows: Rows = []
     for setting in settings_of(result):
-        own = [cell for cell in cells if cell["setting"] == setting]
-        pairs = [(cell, dense[cell["task"], cell["length"]]) for cell in own]
+        pairs = [pair for pair in _pairs(result, setting, DENSE) if pair[0]["length"] in wanted]
+        own = [cell for cell, _ in pairs]
         accuracy, error = _over_cells([cell["scores"] for cell in own])
         change, change_error = _over_cells(
             [_differences(cell["scores"], base["scores"]) for cell, base in pairs]
@@ -67,13 +70,19 @@ def by_setting(result: Result, lengths: Sequence[int] | None = None) -> Rows:
 
 
 def by_task(result: Result) -> Rows:
-    """A row for each task and length: `accuracy` by setting, as (mean, standard error)."""
+    """A row for each task and length: `accuracy` and `change` by setting, as (mean, error).
+
+    `change` is the mean difference to dense on the same samples; errors are standard errors.
+    """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for cell in result["cells"]:
-        key = (cell["task"], cell["length"])
-        row = rows.setdefault(key, {"task": key[0], "length": key[1], "accuracy": {}})
-        row["samples"] = len(cell["scores"])
-        row["accuracy"][cell["setting"]] = _with_error(cell["scores"])
+    for setting in settings_of(result):
+        for cell, base in _pairs(result, setting, DENSE):
+            key = (cell["task"], cell["length"])
+            start = {"task": key[0], "length": key[1], "accuracy": {}, "change": {}}
+            row = rows.setdefault(key, start)
+            row["samples"] = len(cell["scores"])
+            row["accuracy"][setting] = _with_error(cell["scores"])
+            row["change"][setting] = _with_error(_differences(cell["scores"], base["scores"]))
     return list(rows.values())
 
 
@@ -86,21 +95,52 @@ def by_length(result: Result) -> Rows:
     ]
 
 
-def break_even(result: Result) -> dict[str, dict[str, int | None]]:
-    """The shortest length from which on a setting is faster than dense, by setting and measure.
+def break_even(result: Result, base: str = DENSE) -> dict[str, dict[str, int | None]]:
+    """The shortest length from which on a setting is faster than `base`, by setting and speedup.
 
-    Of the lengths measured; None where the longest of them is too short.
+    Of the lengths measured; None where the longest of them is too short. Empty if `base` was not
+    run.
     """
+    if base not in settings_of(result):
+        return {}
     return {
         setting: {
             name: shortest_faster(
-                {row["length"]: row[name] for row in by_length(result) if row["setting"] == setting}
+                {
+                    length: speedup(result, setting, length, name, base)
+                    for length in result["configuration"]["lengths"]
+                }
             )
-            for name in ("first_token_speedup", "decode_speedup")
+            for name in SPEEDUPS
         }
         for setting in settings_of(result)
-        if setting != DENSE
+        if setting not in (DENSE, base)
     }
+
+
+def speedup(
+    result: Result, setting: str, length: int, name: str, base: str = DENSE
+) -> float | None:
+    """The median over all tasks' samples of how much faster `setting` is than `base`."""
+    measure, slower = SPEEDUPS[name]
+    ratios = []
+    for own, other in _pairs(result, setting, base):
+        if own["length"] == length:
+            over, under = (other, own) if slower else (own, other)
+            ratios.append(_ratios(over[measure], under[measure]))
+    return _median(ratios)
+
+
+def _pairs(
+    result: Result, setting: str, base: str
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Each cell of `setting`, with that of `base` on the same samples."""
+    bases = {(x["task"], x["length"]): x for x in result["cells"] if x["setting"] == base}
+    return [
+        (cell, bases[cell["task"], cell["length"]])
+        for cell in result["cells"]
+        if cell["setting"] == setting
+    ]
 
 
 def shortest_faster(speedups: Mapping[int, float | None]) -> int | None:
