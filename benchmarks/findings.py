@@ -155,7 +155,7 @@ def _run(layers: Layers, rule: SkipRule, blocks: str) -> dict[str, float]:
         exact = cpu.run(call, SkipRule.never(), geometry)
         got = cpu.run(call, rule, geometry, return_dropped_mass=True)
         counts += got.counts.sum((0, 1))
-        true.append((-torch.expm1((got.lse - exact.lse).double())).clamp(min=0).flatten())
+        true.append((-torch.expm1((got.lse - exact.lse).double())).clamp(min=0).abs().flatten())
         bound.append(got.dropped_mass.double().flatten())
         errors.append(((got.out - exact.out).norm() / exact.out.norm()).item())
     dropped, most = torch.cat(true), torch.cat(bound)

@@ -62,14 +62,15 @@ def blocks(data: Data) -> list[str]:
 
 def length(data: Data) -> list[str]:
     lengths = list(dict.fromkeys(row["length"] for row in data["rows"]))
-    head = ["text", "sparsity", *(f"lambda L at {n}" for n in lengths), "slope"]
+    head = ["text", "sparsity", *(f"lambda L at {n}" for n in lengths), "slope", "at the end"]
     rows = []
     for kind in dict.fromkeys(row["text"] for row in data["rows"]):
         by_length = {row["length"]: row["lambda"] for row in data["rows"] if row["text"] == kind}
         for sparsity in by_length[lengths[0]]:
             lams = [by_length[n][sparsity] for n in lengths]
             cells = [f"{lam * n:.3g}" for lam, n in zip(lams, lengths, strict=True)]
-            rows.append([kind, f"{float(sparsity):.0%}", *cells, f"{slope(lengths, lams):.2f}"])
+            cells += [f"{slope(lengths, lams):.2f}", f"{slope(lengths[-2:], lams[-2:]):.2f}"]
+            rows.append([kind, f"{float(sparsity):.0%}", *cells])
     return table(head, rows)
 
 
