@@ -78,4 +78,4 @@ At lambda 0.1 half of the heads leave out the block with the answer, and seven o
 the answer is up to the heads that keep it, and nothing in the rule looks at which those are. At the
 very start it lies in the sink's block, which is never skipped; towards the end it is skipped less.
 What that does to answers, as a heat map for each setting:
-`hf-sparse-attention evaluate MODEL --tasks needle_depths --report page.html`."""
+`hf-sparse-attention evaluate MODEL --out stress --tasks needle_depths --report page.html`."""
