@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_checks import check
 from test_triton_kernels import CALLS, RULES, make_call
+from torch._dynamo.testing import CompileCounter
 
 from hf_sparse_attention.backends import choose_geometry, cuda, kernel, select
 from hf_sparse_attention.functional import attend
@@ -50,6 +51,20 @@ def test_opcheck() -> None:
         options = (0.25, True, 0, 0.0, 64, 64, 1, 1024, True, True, True)
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops.forward.default, (*arguments, *options), test_utils=checks)
+
+
+def test_compiles_without_a_break_or_a_new_graph_for_a_new_threshold() -> None:
+    call = made(q_len=70, kv_len=70)
+
+    def run(log_lambda: torch.Tensor) -> torch.Tensor:
+        return attend(call, SkipRule(log_lambda=log_lambda), SQUARE, "cuda").out
+
+    counter = CompileCounter()
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for value in (-0.5, -30.0):
+        log_lambda = torch.full((1, 1), value)
+        assert torch.equal(compiled(log_lambda), run(log_lambda))
+    assert counter.frame_count == 1
 
 
 def test_the_variants_backward_is_tritons() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +149,30 @@ def test_any_strides() -> None:
         views = {name: change(getattr(call, name)) for name in ("q", "k", "v")}
         found = run(replace(call, **views), RULES["blasst"], SQUARE)
         assert torch.equal(found.out, expected.out)
+
+
+def at_the_end_of_memory(x: Tensor) -> Tensor:
+    """A copy of `x`; who reads on behind it, or writes, is killed by SIGSEGV."""
+    pages = -(-x.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    behind = ctypes.c_void_p(address + pages * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(behind, mmap.PAGESIZE, 0) == 0
+    start = pages * mmap.PAGESIZE - x.nbytes
+    there = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
+    return there.copy_(x)
+
+
+@pytest.mark.parametrize("name", ["odd length", "padding", "decode", "decode of 3, padded"])
+def test_nothing_behind_the_tensors_is_read(name: str) -> None:
+    call = made(**CALLS[name])
+    expected = run(call, RULES["blasst"], SQUARE).out
+    tensors = {n: x for n, x in vars(call).items() if torch.is_tensor(x)}
+    guarded = replace(call, **{n: at_the_end_of_memory(x) for n, x in tensors.items()})
+    child = os.fork()
+    if child == 0:
+        os._exit(not torch.equal(run(guarded, RULES["blasst"], SQUARE).out, expected))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("rule", ["blasst", "bsfa", "budget"])
