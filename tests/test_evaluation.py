@@ -88,6 +88,28 @@ def test_rules_skip_what_they_should(evaluated):
         assert row["prefill_perplexity"] > 1.0
 
 
+def test_a_way_runs_what_its_setting_says(evaluated):
+    _, folder = evaluated
+    calibrated = {
+        each: SparseAttentionConfig.from_pretrained(folder / "calibration" / each)
+        for each in ("global", "head")
+    }
+    geometry = next(iter(calibrated["head"].fits.values())).geometry
+    found = {x.setting.name: x.config for x in ways(parse_settings(SETTINGS), calibrated, geometry)}
+    assert found["dense"] is None
+    assert found["window:0.5"] is None
+    running = {name: config for name, config in found.items() if config is not None}
+    assert {config.geometry for config in running.values()} == {geometry}
+    assert [name for name, x in running.items() if x.granularity == "head"] == ["blasst:0.5:head"]
+    assert [name for name, x in running.items() if x.method == "bsfa"] == ["bsfa:k=2"]
+    assert found["bsfa:k=2"].level == 2
+    for name in ("blasst:0.5", "blasst:0.5:head"):
+        assert found[name].target_sparsity == {"prefill": 0.5, "decode": 0.5}
+        assert found[name].max_dropped_mass is None
+    assert found["budget:0.1"].max_dropped_mass == {"prefill": 0.1, "decode": 0.1}
+    assert found["never"].scale_factor("prefill", geometry) == 0.0
+
+
 def test_the_model_is_left_as_it_was(tiny, evaluated):
     model, _ = tiny
     assert model.config._attn_implementation == "sdpa"
