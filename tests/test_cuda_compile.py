@@ -112,6 +112,7 @@ class Flow:
         return set()
 
 
+@pytest.mark.slow  # as are the others that build the variant, if it is not current
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nothing_spills(library: Path, architecture: str) -> None:
     """On 8.0 no kernel keeps anything in local memory: spilled registers, or indexed arrays.
@@ -137,6 +138,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
     library: Path, name: str
@@ -161,6 +163,7 @@ def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
         assert flow.count(whole, "LDGSTS") == keys_copied + values_copied
 
 
+@pytest.mark.slow
 def test_dense_attention_has_no_vote(library: Path) -> None:
     """Skipping and dense prefill are one template; only the former votes."""
     votes = {
@@ -173,6 +176,7 @@ def test_dense_attention_has_no_vote(library: Path) -> None:
     assert votes == {0: 0, 1: 1}
 
 
+@pytest.mark.slow
 def test_loads_beside_a_torch_without_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schema and fakes work there; what it computes is for a GPU."""
     monkeypatch.syspath_prepend(ROOT / "kernel_hub")
