@@ -43,6 +43,7 @@ def main() -> None:
     arguments.add_argument("--samples", help="by length, as 2048=20,4096=8")
     arguments.add_argument("--tasks", help="some of them, as niah_single_1,vt")
     arguments.add_argument("--settings", default=",".join(SETTINGS))
+    arguments.add_argument("--no-texts", action="store_true", help="no perplexity and KL")
     arguments.add_argument("--max-new-tokens", type=int, default=64)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--out", type=Path, help="instead of benchmarks/results")
@@ -61,7 +62,7 @@ def main() -> None:
         lengths=list(samples),
         samples=samples,
         settings=given.settings.split(","),
-        texts=plan.get("texts", True),
+        texts=plan.get("texts", True) and not given.no_texts,
         max_new_tokens=given.max_new_tokens,
         config=config,
         output_dir=work,
