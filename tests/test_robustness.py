@@ -39,7 +39,8 @@ def test_the_page_is_what_the_numbers_make(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(page, "DOCS", tmp_path)
     page.main()
     assert (tmp_path / "robustness.md").read_text() == committed
-    assert (tmp_path / "images" / "robustness_retrieval.svg").stat().st_size > 10_000
+    for shown in page.EXPERIMENTS:
+        assert (tmp_path / "images" / f"robustness_{shown.name}.svg").stat().st_size > 10_000
 
 
 def run(name: str, seed: int, accuracy: list[float]) -> dict:
@@ -57,18 +58,21 @@ def test_costs_are_over_the_dense_control() -> None:
         run("dense fine-tuned", 0, [1.0, 0.8, 0.6]),
         run("sparsity-aware", 0, [0.7, 0.9, 0.8]),
     ]
-    control = page.curves(runs, "accuracy")["dense fine-tuned"]
-    assert control.tolist() == [pytest.approx([1 - 0.4 * s for s in page.SPARSITIES])]
-    at = page.SPARSITIES.index(0.5)
-    lines = page.cost_table(runs)
+    shown = page.EXPERIMENTS[0]
+    control = shown.curves(runs, "accuracy")["dense fine-tuned"]
+    assert control.tolist() == [pytest.approx([1 - 0.4 * s for s in shown.sparsities])]
+    at = shown.sparsities.index(0.5)
+    lines = page.cost_table(shown, runs)
     cells = [line.split(" | ")[1 + at] for line in lines[2:5]]
     assert cells == ["+0.200", "+0.100", "2.0"]
 
 
 def test_what_a_model_does_not_reach_is_not_made_up() -> None:
-    points = run("sparsity-aware", 0, [0.7, 0.9, 0.8])["points"][:2]
-    found = page.curve(points, "accuracy")
-    reached = np.array(page.SPARSITIES) <= 0.5
+    shown = page.EXPERIMENTS[0]
+    runs = [run(name, 0, [0.7, 0.9, 0.8]) for name in page.MODELS]
+    runs[2]["points"] = runs[2]["points"][:2]
+    (found,) = shown.curves(runs, "accuracy")["sparsity-aware"]
+    reached = np.array(shown.sparsities) <= 0.5
     assert not np.isnan(found[reached]).any()
     assert np.isnan(found[~reached]).all()
     assert page.with_error(found[-1:]) == "not reached"
