@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attention.backends import kernel
-from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 NAME = "cpu"
 GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128", "64x1")
@@ -59,24 +59,7 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
     return kernel.unserved(call, MAX_HEAD_SIZE)
 
 
-def run(
-    call: AttentionCall,
-    rule: SkipRule,
-    geometry: BlockGeometry,
-    *,
-    return_skips: bool = False,
-    return_dropped_mass: bool = False,
-) -> AttentionResult:
-    """Computes `call` under `rule`; see `AttentionResult` for what comes back."""
-    return kernel.forward(
-        _namespace(),
-        NAME,
-        call,
-        rule,
-        geometry,
-        return_skips=return_skips,
-        return_dropped_mass=return_dropped_mass,
-    )
+run = kernel.runner(NAME, _namespace)
 
 
 def empty_int8_keys(batch: int, heads: int, length: int, head_size: int) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import torch
 
 from hf_sparse_attention.backends import kernel
-from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 NAME = "cuda"
 GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128")
@@ -98,21 +98,4 @@ def _unserved_shape(call: AttentionCall, geometry: BlockGeometry) -> str | None:
     return None
 
 
-def run(
-    call: AttentionCall,
-    rule: SkipRule,
-    geometry: BlockGeometry,
-    *,
-    return_skips: bool = False,
-    return_dropped_mass: bool = False,
-) -> AttentionResult:
-    """Computes `call` under `rule`; see `AttentionResult` for what comes back."""
-    return kernel.forward(
-        _namespace(),
-        NAME,
-        call,
-        rule,
-        geometry,
-        return_skips=return_skips,
-        return_dropped_mass=return_dropped_mass,
-    )
+run = kernel.runner(NAME, _namespace)

@@ -12,9 +12,10 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -169,49 +170,65 @@ def unserved(call: AttentionCall, max_head_size: int) -> str | None:
     return None
 
 
-def forward(
-    ops: str,
-    name: str,
-    call: AttentionCall,
-    rule: SkipRule,
-    geometry: BlockGeometry,
-    *,
-    return_skips: bool = False,
-    return_dropped_mass: bool = False,
-) -> AttentionResult:
-    """Computes `call` under `rule` with the op in the namespace `ops`, for the backend `name`."""
-    q, k, v = one_dtype(call)
-    out, lse, counts, skips, dropped_mass = getattr(torch.ops, ops).forward(
-        q,
-        k,
-        v,
-        call.key_valid,
-        call.q_offset,
-        float32(call.sinks),
-        float32(rule.log_lambda),
-        float32(rule.block_threshold),
-        float32(rule.max_dropped_mass),
-        call.scale,
-        call.causal,
-        call.window or 0,
-        call.softcap or 0.0,
-        geometry.block_q,
-        geometry.block_k,
-        _ORDERS[geometry.order],
-        geometry.split_k,
-        rule.keep_sink,
-        return_skips or (call.needs_grad and not rule.is_never),  # the backward reads them
-        return_dropped_mass,
-        call.int8_keys if k is call.k else None,
-    )
-    return AttentionResult(
-        out=out.to(call.q.dtype),
-        lse=lse,
-        counts=counts,
-        skips=skips if return_skips else None,
-        dropped_mass=dropped_mass if return_dropped_mass else None,
-        backend=name,
-    )
+class Run(Protocol):
+    """Computes `call` under `rule`; see `AttentionResult` for what comes back."""
+
+    def __call__(
+        self,
+        call: AttentionCall,
+        rule: SkipRule,
+        geometry: BlockGeometry,
+        *,
+        return_skips: bool = False,
+        return_dropped_mass: bool = False,
+    ) -> AttentionResult: ...
+
+
+def runner(name: str, namespace: Callable[[], str]) -> Run:
+    """The `run` of the backend `name`, whose op lies in `namespace()` of `torch.ops`."""
+
+    def run(
+        call: AttentionCall,
+        rule: SkipRule,
+        geometry: BlockGeometry,
+        *,
+        return_skips: bool = False,
+        return_dropped_mass: bool = False,
+    ) -> AttentionResult:
+        q, k, v = one_dtype(call)
+        out, lse, counts, skips, dropped_mass = getattr(torch.ops, namespace()).forward(
+            q,
+            k,
+            v,
+            call.key_valid,
+            call.q_offset,
+            float32(call.sinks),
+            float32(rule.log_lambda),
+            float32(rule.block_threshold),
+            float32(rule.max_dropped_mass),
+            call.scale,
+            call.causal,
+            call.window or 0,
+            call.softcap or 0.0,
+            geometry.block_q,
+            geometry.block_k,
+            _ORDERS[geometry.order],
+            geometry.split_k,
+            rule.keep_sink,
+            return_skips or (call.needs_grad and not rule.is_never),  # the backward reads them
+            return_dropped_mass,
+            call.int8_keys if k is call.k else None,
+        )
+        return AttentionResult(
+            out=out.to(call.q.dtype),
+            lse=lse,
+            counts=counts,
+            skips=skips if return_skips else None,
+            dropped_mass=dropped_mass if return_dropped_mass else None,
+            backend=name,
+        )
+
+    return run
 
 
 def one_dtype(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import os
 import torch
 
 from hf_sparse_attention.backends import kernel
-from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
+from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 NAME = "triton"
 GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128")
@@ -62,21 +62,4 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
     return kernel.unserved(call, MAX_HEAD_SIZE)
 
 
-def run(
-    call: AttentionCall,
-    rule: SkipRule,
-    geometry: BlockGeometry,
-    *,
-    return_skips: bool = False,
-    return_dropped_mass: bool = False,
-) -> AttentionResult:
-    """Computes `call` under `rule`; see `AttentionResult` for what comes back."""
-    return kernel.forward(
-        _namespace(),
-        NAME,
-        call,
-        rule,
-        geometry,
-        return_skips=return_skips,
-        return_dropped_mass=return_dropped_mass,
-    )
+run = kernel.runner(NAME, _namespace)

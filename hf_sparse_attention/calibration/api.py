@@ -85,8 +85,8 @@ def calibrate(
             set under. None: 0.5, fitted over 0.3 to 0.7. Under BSFA the level that comes nearest
             to the first runs, by what each skips in prefill of the calibrated samples.
         granularity: BLASST: one threshold for all ("global"), or one for each "layer" or "head",
-            which together skip as much. None: "head", which costs least
-            at equal sparsity (docs/calibration-results.md).
+            which together skip as much. None: "head", which costs least at equal
+            sparsity (docs/calibration-results.md).
         levels: BSFA's k. Without `keep_sink` that many off-diagonal blocks are kept in each block
             row; with it, that many besides block 0, which neither competes nor is skipped. Empty:
             no thresholds for BSFA.
