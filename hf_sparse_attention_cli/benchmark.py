@@ -9,18 +9,10 @@ import typer
 
 from hf_sparse_attention_cli import loading
 from hf_sparse_attention_cli.options import (
-    Device,
-    DeviceMap,
-    Dtype,
     Geometry,
-    GgufFile,
     Json,
-    Model,
-    Quiet,
-    Revision,
     Settings,
     Thresholds,
-    TrustRemoteCode,
     given,
     settings_at,
     text_file,
@@ -31,8 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+@loading.takes_model
 def benchmark(
-    model: Model,
+    source: loading.ModelSource,
     lengths: Annotated[
         Any,
         typer.Option(
@@ -56,13 +49,6 @@ def benchmark(
         Path | None,
         typer.Option(metavar="FILE.json", help="Write the result there, too.", show_default=False),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    device_map: DeviceMap = None,
-    gguf_file: GgufFile = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Time a model under several settings, against PyTorch's own attention.
@@ -72,15 +58,7 @@ def benchmark(
     """
     if out is not None:
         text_file(out, "--out")
-    network, tokenizer = loading.load(
-        *loading.where(model, gguf_file),
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
+    network, tokenizer = source.load()
     from hf_sparse_attention.evaluation import benchmark as run
     from hf_sparse_attention.evaluation.store import write_json
 
@@ -88,8 +66,8 @@ def benchmark(
         network,
         tokenizer,
         config=settings_at(thresholds, network),
-        name=model,
-        progress=not quiet,
+        name=source.model,
+        progress=not source.quiet,
         **given(
             lengths=lengths,
             settings=settings,

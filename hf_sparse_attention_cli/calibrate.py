@@ -9,15 +9,7 @@ import typer
 
 from hf_sparse_attention_cli import loading
 from hf_sparse_attention_cli.options import (
-    Device,
-    DeviceMap,
-    Dtype,
-    GgufFile,
     Json,
-    Model,
-    Quiet,
-    Revision,
-    TrustRemoteCode,
     given,
 )
 from hf_sparse_attention_cli.push import REPORT_NAME, check_login, push_settings
@@ -35,8 +27,9 @@ from hf_sparse_attention_cli.values import (
 TEXT, FITTED, LIMITS = "The text", "What is fitted", "Choosing by cost"
 
 
+@loading.takes_model
 def calibrate(
-    model: Model,
+    source: loading.ModelSource,
     out: Annotated[
         Path, typer.Option(help="Folder for the settings; may be the model's own, or a new one.")
     ],
@@ -152,12 +145,6 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    device_map: DeviceMap = None,
-    gguf_file: GgufFile = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Start anew; else a run that was killed continues in --out."),
@@ -187,7 +174,6 @@ def calibrate(
             show_default="as its owner has set",
         ),
     ] = None,
-    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Calibrate a model on some text, and store the settings.
@@ -198,15 +184,7 @@ def calibrate(
     loading.check_local("--validation", validation)
     if push is not None:
         check_login()
-    network, tokenizer = loading.load(
-        *loading.where(model, gguf_file),
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
+    network, tokenizer = source.load()
     from hf_sparse_attention import calibrate as run
     from hf_sparse_attention.calibration.progress import forget
     from hf_sparse_attention.sharding import is_first
@@ -233,7 +211,7 @@ def calibrate(
         method=method,
         tokenizer=tokenizer,
         output_dir=out,
-        progress=not quiet,
+        progress=not source.quiet,
         **options,
     )
     if not is_first():
@@ -253,7 +231,7 @@ def calibrate(
     from rich.console import Console
 
     console = Console()
-    show(summary, f"{model}, calibrated: {out}", console)
+    show(summary, f"{source.model}, calibrated: {out}", console)
     console.print(f"To run it: {_use(out, method)}", markup=False, highlight=False, soft_wrap=True)
 
 

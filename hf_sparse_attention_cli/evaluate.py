@@ -9,18 +9,10 @@ import typer
 
 from hf_sparse_attention_cli import loading
 from hf_sparse_attention_cli.options import (
-    Device,
-    DeviceMap,
-    Dtype,
     Geometry,
-    GgufFile,
     Json,
-    Model,
-    Quiet,
-    Revision,
     Settings,
     Thresholds,
-    TrustRemoteCode,
     given,
     settings_at,
     text_file,
@@ -32,8 +24,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+@loading.takes_model
 def evaluate(
-    model: Model,
+    source: loading.ModelSource,
     out: Annotated[
         Path,
         typer.Option(help="Folder for the result, evaluation.json, and all that it is made from."),
@@ -92,13 +85,6 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out that was cut off.")
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    device_map: DeviceMap = None,
-    gguf_file: GgufFile = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Evaluate a model: RULER-style tasks, texts and times under several settings.
@@ -122,15 +108,7 @@ def evaluate(
     parse_settings(settings or DEFAULT_SETTINGS)
     if report is not None:
         require_matplotlib()
-    network, tokenizer = loading.load(
-        *loading.where(model, gguf_file),
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
+    network, tokenizer = source.load()
     result = run(
         network,
         tokenizer,
@@ -142,8 +120,8 @@ def evaluate(
         chat_template=chat_template,
         output_dir=out,
         resume=resume,
-        name=model,
-        progress=not quiet,
+        name=source.model,
+        progress=not source.quiet,
         **given(tasks=tasks, lengths=lengths, settings=settings, geometry=geometry),
     )
     write_atomically(out / EVALUATION_NAME, markdown(result).encode())
@@ -155,7 +133,7 @@ def evaluate(
     from rich.console import Console
 
     console = Console()
-    console.print(f"[bold]{model}, evaluated: {out}[/bold]")
+    console.print(f"[bold]{source.model}, evaluated: {out}[/bold]")
     console.print(_summary(result))
     if report is not None:
         console.print(f"The report: {report}", markup=False, highlight=False, soft_wrap=True)
