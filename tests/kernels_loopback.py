@@ -6,16 +6,15 @@ What `kernels.get_kernel` asks for: who publishes the repo, its branches, its tr
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from loopback import JsonHandler, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,46 +39,34 @@ def serve(repo_id: str, folder: Path) -> Iterator[KernelHub]:
         if file.is_file() and not {".lock", "__pycache__"} & set(file.parts)
     }
     hub = KernelHub(repo_id, files)
-    handler = type("BoundHandler", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with serving(KernelHandler, hub) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class Handler(BaseHTTPRequestHandler):
+class KernelHandler(JsonHandler):
     hub: KernelHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(path)
         repo = re.escape(self.hub.repo_id)
         if path.startswith("/api/organizations/"):
-            self.answer({"name": "x", "fullname": "x", "trustedKernelPublisher": self.hub.trusted})
+            self.answer(
+                200, {"name": "x", "fullname": "x", "trustedKernelPublisher": self.hub.trusted}
+            )
         elif path == f"/api/kernels/{self.hub.repo_id}/refs":
             branch = {"name": "v1", "ref": "refs/heads/v1", "targetCommit": COMMIT}
-            self.answer({"branches": [branch], "converts": [], "tags": []})
+            self.answer(200, {"branches": [branch], "converts": [], "tags": []})
         elif re.fullmatch(rf"/api/kernels/{repo}(/revision/.+)?", path):
             siblings = [{"rfilename": name} for name in sorted(self.hub.files)]
-            self.answer({"id": self.hub.repo_id, "sha": COMMIT, "siblings": siblings})
+            self.answer(200, {"id": self.hub.repo_id, "sha": COMMIT, "siblings": siblings})
         elif found := re.fullmatch(rf"/api/kernels/{repo}/tree/[^/]+(?:/(.+))?", path):
             recursive = "recursive=true" in urlsplit(self.path).query.lower()
-            self.answer(self.tree(found[1] or "", recursive))
+            self.answer(200, self.tree(found[1] or "", recursive))
         elif found := re.fullmatch(rf"/kernels/{repo}/resolve/[^/]+/(.+)", path):
             self.send_file(found[1])
         else:
-            self.answer({"error": f"no such endpoint: {path}"}, 404)
+            self.answer(404, {"error": f"no such endpoint: {path}"})
 
     do_HEAD = do_GET
 
@@ -99,17 +86,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         if name not in self.hub.files:
-            self.answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            self.answer(404, {}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             return
         data = self.hub.files[name]
         etag = hashlib.sha1(data, usedforsecurity=False).hexdigest()
-        self.answer(data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
-
-    def answer(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
+        self.answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})

@@ -12,7 +12,15 @@ import pytest
 import torch
 from gradient_checks import Gradients
 from hypothesis import HealthCheck, given, settings
-from test_cpu_kernel import DTYPES, FEATURES, GEOMETRIES, RULES, make_call, problems
+from test_cpu_kernel import (
+    DTYPES,
+    FEATURES,
+    GEOMETRIES,
+    HEAD_SIZES,
+    RULES,
+    make_call,
+    problems,
+)
 from test_cpu_kernel_robust import LEVEL, LEVELS, threads
 from torch import Tensor
 
@@ -71,21 +79,7 @@ def test_features(feature: str, backend) -> None:
         check(call, SkipRule.blasst(0.2), geometry, backend)
 
 
-@pytest.mark.parametrize(
-    ("heads", "sizes"),
-    [
-        ((2, 2), (64, 64)),
-        ((6, 2), (192, 128)),
-        ((5, 1), (80, 80)),
-        ((3, 3), (96, 96)),
-        ((4, 2), (256, 256)),
-        ((2, 1), (512, 512)),
-        ((2, 1), (1, 1)),
-        ((2, 1), (33, 7)),
-        ((14, 2), (34, 130)),
-    ],
-    ids=str,
-)
+@HEAD_SIZES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_sizes(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> None:
     call = make_call("needle", (1, *heads, 100, 130, sizes[0]), sizes[1], dtype)

@@ -34,6 +34,21 @@ RULES = {
         log_lambda=torch.full((1, 1), -0.5), max_dropped_mass=torch.full((1, 1), 0.05)
     ),
 }
+HEAD_SIZES = pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [
+        ((2, 2), (64, 64)),
+        ((6, 2), (192, 128)),
+        ((5, 1), (80, 80)),
+        ((3, 3), (96, 96)),
+        ((4, 2), (256, 256)),
+        ((2, 1), (512, 512)),
+        ((2, 1), (1, 1)),
+        ((2, 1), (33, 7)),
+        ((14, 2), (34, 130)),
+    ],
+    ids=str,
+)
 
 
 def run(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> AttentionResult:
@@ -106,21 +121,7 @@ def test_features(feature: str, order: str) -> None:
             kernel_checks.check(call, rule, geometry, run(call, rule, geometry))
 
 
-@pytest.mark.parametrize(
-    ("heads", "sizes"),
-    [
-        ((2, 2), (64, 64)),
-        ((6, 2), (192, 128)),
-        ((5, 1), (80, 80)),
-        ((3, 3), (96, 96)),
-        ((4, 2), (256, 256)),
-        ((2, 1), (512, 512)),
-        ((2, 1), (1, 1)),
-        ((2, 1), (33, 7)),
-        ((14, 2), (34, 130)),
-    ],
-    ids=str,
-)
+@HEAD_SIZES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_sizes(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> None:
     for q_len, kv_len in ((100, 130), (1, 777), (5, 65)):
