@@ -42,11 +42,12 @@ def _model(key: str, result: dict[str, Any], images: Path) -> Iterator[str]:
     samples = about["samples"]
     if isinstance(samples, dict):
         samples = ", ".join(f"{count} at {length}" for length, count in samples.items())
-    yield f"## {result['model']['name']}\n"
+    lengths = " and ".join(map(str, about["lengths"]))
+    yield f"## {result['model']['name']}, {lengths} tokens\n"
     yield (
         f"{result['model']['dtype']}; tasks: {', '.join(about['tasks'])}. Samples of each task: "
         f"{samples} tokens; seed {about['seed']}; blocks of {about['geometry']}. "
-        f"{machine['device']}, {machine['threads']} thread; torch {machine['torch']}, transformers "
+        f"{machine['device']}, {machine['threads']} thread(s); torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {result['seconds'] / 60:.0f} minutes on the tasks.\n"
     )
     yield markdown.LEGEND + "\n"
