@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hf_sparse_attention.config import SparseAttentionConfig
     from hf_sparse_attention.control import load_thresholds, set_sparse_attention
     from hf_sparse_attention.functional import block_skip_attention
+    from hf_sparse_attention.fusion import fuse_attention, unfuse_attention
+    from hf_sparse_attention.growing_cache import GrowingCache
     from hf_sparse_attention.int8_keys import Int8Keys
     from hf_sparse_attention.key_cache import Int8KeyCache
     from hf_sparse_attention.stats import collect_stats
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 #: Where each public name comes from; imported when it is first used.
 _HOMES = {
     "BlockGeometry": "types",
+    "GrowingCache": "growing_cache",
     "Int8KeyCache": "key_cache",
     "Int8Keys": "int8_keys",
     "SkipRule": "types",
@@ -39,12 +42,15 @@ _HOMES = {
     "block_skip_attention": "functional",
     "calibrate": "calibration",
     "collect_stats": "stats",
+    "fuse_attention": "fusion",
     "load_thresholds": "control",
     "set_sparse_attention": "control",
+    "unfuse_attention": "fusion",
 }
 
 __all__ = [
     "BlockGeometry",
+    "GrowingCache",
     "Int8KeyCache",
     "Int8Keys",
     "SkipRule",
@@ -55,8 +61,10 @@ __all__ = [
     "block_skip_attention",
     "calibrate",
     "collect_stats",
+    "fuse_attention",
     "load_thresholds",
     "set_sparse_attention",
+    "unfuse_attention",
 ]
 
 

@@ -81,6 +81,10 @@ def run(module: ModuleType) -> None:
             module.append_int8_keys(k[:, :, start:end].contiguous(), torch.tensor(start), copy)
         module.forward(q, k, v, **options, scale=0.5, int8_keys=copy)
     observe(module)
+    for dtype, size, norm in itertools.product(DTYPES, (2, 34, 64), (False, True)):
+        x = torch.randn(2, 3, 67, size).to(dtype)
+        tables = torch.randn(2, 2, 67, size).to(dtype)
+        module.rotate_(x, *tables, torch.rand(3, size) if norm else None, 1e-6)
 
 
 def observe(module: ModuleType) -> None:

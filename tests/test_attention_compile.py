@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from comparisons import never_skipping
 from tiny_models import build, padded, token_ids
 from torch._dynamo.utils import counters
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_sparse_attention as hsa
+from examples.demo_model import smollm2
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,124 @@ def test_generate_compiles_on_a_static_cache() -> None:
     model.forward = torch.compile(model.forward, fullgraph=True)
     ours = model.generate(ids, cache_implementation="static", **options)
     assert torch.equal(ours, expected)
+
+
+def grown(model: Any, run: Any, cache: Any, tokens: int = 12) -> torch.Tensor:
+    """The logits of single tokens behind a prompt, `model` reading the prompt, `run` the tokens."""
+    ids = token_ids(2, 70 + tokens)
+    model(ids[:, :70], past_key_values=cache)
+    rows = [run(ids[:, i : i + 1], past_key_values=cache).logits for i in range(70, 70 + tokens)]
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize(("how", "most"), [("dynamic", 1), ("marked", 1), ("by itself", 2)])
+def test_a_cache_that_grows_does_not_recompile(how: str, most: int) -> None:
+    model = never_skipping(tiny_models.llama)
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True if how == "dynamic" else None, backend="eager"
+    )
+    cache = DynamicCache(config=model.config)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if how == "marked" and cache.get_seq_length() == 70:
+            for layer in cache.layers:
+                torch._dynamo.mark_dynamic(layer.keys, 2)
+                torch._dynamo.mark_dynamic(layer.values, 2)
+        return compiled(*args, **kwargs)
+
+    ours = grown(model, run, cache)
+    eager = build(tiny_models.llama)
+    assert torch.allclose(ours, grown(eager, eager, DynamicCache(config=model.config)), atol=1e-3)
+    assert graphs() <= most
+
+
+def test_windows_on_a_cache_that_grows_take_two_graphs() -> None:
+    """A sliding layer counts in a Python int, and behaves otherwise once it is full."""
+    model, eager = never_skipping(tiny_models.gemma3), build(tiny_models.gemma3)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    ours = grown(model, compiled, DynamicCache(config=model.config))
+    assert torch.allclose(ours, grown(eager, eager, DynamicCache(config=model.config)), atol=1e-3)
+    assert graphs() <= 2
+
+
+@needs_kernel
+def test_a_decoder_layer_by_itself_is_one_graph() -> None:
+    model = skipping_keys()
+    layer = model.model.layers[0]
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for length in (300, 260, 340):
+        x = torch.randn(2, length, 64)
+        tables = model.model.rotary_emb(x, torch.arange(length)[None])
+        expected = layer(x, position_embeddings=tables)
+        assert torch.equal(compiled(x, position_embeddings=tables), expected)
+    assert graphs() == 1
+
+
+@needs_kernel
+def test_bsfa_is_one_graph_for_all_lengths() -> None:
+    model = build(tiny_models.llama)
+    config = hsa.calibrate(
+        model,
+        [token_ids(1, 400, seed=5)],
+        method="bsfa",
+        levels=[1],
+        geometries="64x64",
+        progress=False,
+    )
+    hsa.set_sparse_attention(model, config, min_length=0, backend="cpu")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for lengths in ([300, 281], [380, 380]):
+        ids, mask = padded(lengths, "left")
+        with hsa.collect_stats(model) as stats:
+            expected = model(ids, attention_mask=mask).logits
+        assert stats.sparsity("prefill") > 0
+        assert torch.equal(compiled(ids, attention_mask=mask).logits, expected)
+    assert graphs() == 1
+
+
+def test_packed_sequences_are_right_compiled() -> None:
+    """They run dense then: that they are packed is only known from the mask's values."""
+    model = never_skipping(tiny_models.llama)
+    packed = {
+        "input_ids": token_ids(1, 90),
+        "position_ids": torch.cat([torch.arange(40), torch.arange(50)])[None],
+        "use_cache": False,
+    }
+    expected = build(tiny_models.llama)(**packed).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(**packed).logits, expected, atol=1e-3)
+
+
+@needs_kernel
+def test_without_mask_and_cache_a_compiled_model_is_dense() -> None:
+    """transformers then takes the batch for a packed one; with a mask blocks are skipped."""
+    model = skipping_keys()
+    ids = token_ids(2, 190)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    dense = build(tiny_models.llama)(ids, use_cache=False).logits
+    assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-3)
+    ours = compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(ours, model(ids, use_cache=False).logits, atol=1e-3)
+    assert not torch.allclose(ours, dense, atol=1e-1)
+
+
+@pytest.mark.slow
+@needs_kernel
+def test_smollm2_is_one_graph_each_for_prompts_and_tokens() -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2())
+    hsa.set_sparse_attention(model, "blasst", threshold_scale_factor=20.0, backend="cpu")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for length in (300, 420):
+        ids = torch.randint(10, 40000, (1, length), generator=torch.Generator().manual_seed(0))
+        cache = StaticCache(config=model.config, max_cache_len=512)
+        expected = model(ids, past_key_values=cache).logits
+        cache.reset()
+        ours = compiled(ids, past_key_values=cache).logits
+        assert torch.allclose(ours, expected, atol=1e-3 * expected.abs().max())
+        for token in (5, 6, 7):
+            new = torch.tensor([[token]])
+            other = copy.deepcopy(cache)
+            expected = model(new, past_key_values=other).logits
+            ours = compiled(new, past_key_values=cache).logits
+            assert torch.allclose(ours, expected, atol=1e-3 * expected.abs().max())
+    assert graphs() <= 2

@@ -75,6 +75,11 @@ def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
     getattr(torch.ops, _namespace()).append_int8_keys(k, position, copy)
 
 
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> None:
+    """Rotary position embedding of `x` `[B, H, L, D]` in place; see the kernel's own `rotate_`."""
+    getattr(torch.ops, _namespace()).rotate_(x, cos, sin, norm, eps)
+
+
 def observe(
     call: AttentionCall,
     *,

@@ -7,6 +7,7 @@
 #include "decode_values.h"
 #include "observe_row.h"
 #include "prefill_team.h"
+#include "rotate.h"
 #include "tile_bf16.h"
 
 namespace bsa::BSA_LEVEL {
@@ -86,6 +87,7 @@ static void observe_bf16(const Problem& p, const Observe& o, int64_t kv_head, in
       {BSA_LEVEL::observe<BSA_LEVEL::FloatEngine<float>>, BSA_OBSERVE_BF16, \
        BSA_LEVEL::observe<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},         \
       BSA_LEVEL::observe_bytes,                                             \
+      BSA_EACH(rotate),                                                     \
   };
 
 }  // namespace bsa::BSA_LEVEL

@@ -101,6 +101,15 @@ struct NewKeys {
   Int8Keys copy;
 };
 
+// q or k [B, H, L, D] to be rotated in place: see rotate.h. cos and sin are [B|1, L, D].
+struct Rotate {
+  Strided x, cos, sin;
+  int64_t H = 0, L = 0, D = 0;
+  const float* norm = nullptr;  // [H|1, D], the weights of an RMSNorm; null: none
+  int64_t norm_stride = 0;
+  float eps = 0.0f;
+};
+
 // A query row of decode as the filter wants it, see decode_filter.h.
 struct FilterRow {
   float unit, per_copied, per_rest, room;
@@ -177,6 +186,7 @@ struct Level {
   void (*observe[3])(const Problem&, const Observe&, int64_t kv_head, int64_t block_row,
                      char* scratch);
   size_t (*observe_bytes)(const Problem&, const Observe&);
+  void (*rotate[3])(const Rotate&, int64_t from, int64_t to);
 };
 
 extern const Level kPortable;

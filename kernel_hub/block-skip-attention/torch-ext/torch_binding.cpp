@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "int group_count, Tensor eps, int bins, float u_min, float bins_per_nat, float mass_unit, "
       "int sample_from, int sample_every) "
       "-> (Tensor out, Tensor prefill, Tensor decode, Tensor prefill_tops, Tensor decode_tops)");
+  ops.def("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> ()");
   ops.def("cpu_level() -> str");
 }
 
@@ -46,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("backward", TORCH_BOX(&backward_cpu));
   ops.impl("append_int8_keys", TORCH_BOX(&append_int8_keys_cpu));
   ops.impl("observe", TORCH_BOX(&observe_cpu));
+  ops.impl("rotate_", TORCH_BOX(&rotate_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {

@@ -56,5 +56,9 @@ observe_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Ten
             torch::stable::Tensor eps, int64_t bins, double u_min, double bins_per_nat,
             double mass_unit, int64_t sample_from, int64_t sample_every);
 
+// Rotary position embedding of x in place.
+void rotate_cpu(torch::stable::Tensor x, torch::stable::Tensor cos, torch::stable::Tensor sin,
+                std::optional<torch::stable::Tensor> norm, double eps);
+
 // The level of instructions that a call would run on now.
 std::string cpu_level();
