@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,3 +49,14 @@ def make(
         step = (GAP - math.log(LAMBDA)) * size**0.5 / 8.0
         k[..., 0] = -step * low.repeat_interleave(block)[:kv_len].to(dtype)
     return q, k, v
+
+
+@contextlib.contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Sets environment variables, which the kernels read at each call, and removes them again."""
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]

@@ -1,17 +1,8 @@
-"""Times of our backends for GPUs and of their peers on this device, taken in turns.
-
-A contestant is warmed up (which compiles it), its output is compared with the first peer's, and
-only then timed: in each round everyone runs once, behind a flush of the L2 cache. Reported is the
-median over the rounds.
-"""
+"""What is timed on this device: our backends for GPUs, and their peers, on the same inputs."""
 
 from __future__ import annotations
 
 import math
-import os
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_inputs
 from benchmarks.gpu_correctness import Case
+from benchmarks.gpu_measure import EMULATED, OURS, Run, measure
 from hf_sparse_attention.backends import BACKENDS
 from hf_sparse_attention.functional import attend
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
-OURS = ("triton", "cuda")
-EMULATED = os.environ.get("TRITON_INTERPRET", "") == "1"
 HEADS, KV_HEADS, SIZE = (2, 1, 16) if EMULATED else (32, 8, 128)
 SCALE = SIZE**-0.5
 SPARSITIES = (0.0, 0.9) if EMULATED else (0.0, 0.5, 0.75, 0.9)
-Run = Callable[[], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -77,12 +66,16 @@ def decode(device: str, batch: int, kv_len: int) -> dict[str, Any]:
         return {"left_out": f"needs {needed / 2**30:.0f} GiB of memory"}
     made = {s: inputs(device, batch, 1, kv_len, s) for s in SPARSITIES}
     runs: dict[str, Run] = peers(*made[0.0], causal=False)
-    sparsity = {}
+    sparsity: dict[str, float] = {}
     for s, qkv in made.items():
         for backend in ours():
             name = f"{backend} 64x64, {s:.0%} low"
             runs[name] = own(*qkv, BlockGeometry(), backend)
             sparsity[name] = measured_sparsity(*qkv, BlockGeometry(), backend)
+            if backend == "cuda" and is_hopper(device):  # which has a kernel of its own
+                other = f"cuda of sm_80 64x64, {s:.0%} low"
+                runs[other] = on_sm80(runs[name])
+                sparsity[other] = sparsity[name]
     size = 2 * batch * KV_HEADS * kv_len * SIZE * 2
     return measure(runs, sparsity, size=size, graphs=device == "cuda")
 
@@ -130,6 +123,20 @@ def own(
     call = AttentionCall(q, k, v, scale=SCALE)
     rule = rule_for(q) if rule is None else rule
     return lambda: attend(call, rule, geometry, backend).out.transpose(1, 2)
+
+
+def is_hopper(device: str) -> bool:
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+def on_sm80(run: Run) -> Run:
+    """The run without the kernels made for Hopper."""
+
+    def run_there() -> Tensor:
+        with gpu_inputs.variables(HF_SPARSE_ATTENTION_CUDA_LEVEL="sm_80"):
+            return run()
+
+    return run_there
 
 
 def measured_sparsity(
@@ -207,113 +214,3 @@ def with_backward(run: Run, leaves: Inputs) -> Run:
         return out
 
     return both
-
-
-def measure(
-    runs: dict[str, Run],
-    sparsity: dict[str, float],
-    *,
-    flops: float = 0.0,
-    size: float = 0.0,
-    graphs: bool = False,
-) -> dict[str, Any]:
-    """Rounds of everyone once, as many as fit into a few seconds; medians.
-
-    Args:
-        runs: by name; ours begin with the backend's; those on the peers' own inputs have
-            "0% low", or no sparsity.
-        sparsity: what was measured of ours.
-        flops: of dense attention, or
-        size: the bytes that dense attention reads.
-        graphs: time replays of CUDA graphs.
-    """
-    unable: dict[str, str] = {}
-    first: list[Tensor] = []
-    for name, run in list(runs.items()):
-        comparable = name not in sparsity or name.endswith(" 0% low")
-        ready = warmed_up(run, first if comparable else [], graphs)
-        if isinstance(ready, str):
-            unable[name] = ready
-            del runs[name]
-        else:
-            runs[name] = ready
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    one_round = 0.0 if EMULATED else sum(timed(run) for run in runs.values())
-    rounds = 1 if EMULATED else max(3, min(30, int(2.5 / one_round)))
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(timed(runs[name]))
-    seconds = {name: statistics.median(each) for name, each in times.items()}
-    peer_times = [t for name, t in seconds.items() if not name.startswith(OURS)]
-    best = min(peer_times, default=math.nan)
-    rows = {}
-    for name, t in seconds.items():
-        row = {"seconds": t, "spread": max(times[name]) / min(times[name])}
-        row |= {"speedup_over_best_peer": best / t}
-        row |= {"tflops": flops / t / 1e12} if flops else {"gbytes_per_s": size / t / 1e9}
-        row |= {"sparsity": sparsity[name]} if name in sparsity else {}
-        rows[name] = row
-    ours_ran = not any(name.startswith(OURS) for name in unable)
-    return {"ok": ours_ran, "rounds": rounds, "contestants": rows, "unable": unable}
-
-
-def warmed_up(run: Run, first: list[Tensor], graphs: bool) -> Run | str:
-    """The run, or its CUDA graph, having been run once and compared; or why it cannot take part.
-
-    Args:
-        run: a contestant.
-        first: the output of the first contestant; entered here if there is none.
-        graphs: whether to make a CUDA graph of it.
-    """
-    try:
-        out = run().detach().float()
-        if first:
-            # Two roundings to bfloat16 of one weighted mean of values.
-            error = (out - first[0]).abs().max().item()
-            allowed = 4 * torch.finfo(torch.bfloat16).eps * first[0].abs().max().item()
-            assert error <= allowed, f"differs from the first contestant by {error:.2e}"
-        else:
-            first.append(out)
-        return captured(run) if graphs else run
-    except Exception as error:  # a peer that cannot is no failure of the check
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-_flush: list[Tensor] = []
-
-
-def timed(run: Run) -> float:
-    """Seconds of one run behind a flush of the L2 cache."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    if not _flush:
-        _flush.append(torch.empty(256 << 20, dtype=torch.int8, device="cuda"))
-    _flush[0].zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def captured(run: Run) -> Run:
-    """The run as a CUDA graph, so that launches cost nothing: what serving engines do."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from typing import Protocol as TypingProtocol
 
 DECISIONS = ("keep", "skip", "other")
 
@@ -254,12 +255,30 @@ def put(items: tuple[Any, ...], i: int, item: Any) -> tuple[Any, ...]:
 
 
 def search(protocol: Protocol) -> int:
-    """Visits every reachable state; returns how many there are.
+    """Visits every reachable state of `protocol`; returns how many there are.
 
     Raises:
         Broken: if one of them is wrong.
     """
-    machine = Machine(protocol)
+    return explore(Machine(protocol))
+
+
+class Explorable(TypingProtocol):
+    """What has states."""
+
+    def start(self) -> Any: ...
+
+    def moves(self, state: Any) -> Iterator[Any]: ...
+
+    def done(self, state: Any) -> bool: ...
+
+
+def explore(machine: Explorable) -> int:
+    """Visits every reachable state of `machine`; returns how many there are.
+
+    Raises:
+        Broken: if one of them is wrong.
+    """
     start = machine.start()
     seen, todo = {start}, [start]
     while todo:

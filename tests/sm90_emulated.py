@@ -1,4 +1,4 @@
-"""The sm_90a prefill kernel on the CPU: its own source, under the emulator of `kernel_hub`."""
+"""The sm_90a kernels on the CPU: their own source, under the emulator of `kernel_hub`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeome
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "kernel_hub" / "block-skip-attention" / "csrc_cuda"
 EMULATOR = ROOT / "kernel_hub" / "emulator"
-ORDERS = {"ascending": 0, "sink_diagonal": 1}
+ORDERS = {"ascending": 0, "sink_diagonal": 1, "descending": 2}
 
 
 class Strided(ctypes.Structure):
@@ -54,9 +54,19 @@ class Params(ctypes.Structure):
     ]
 
 
+class Rings(ctypes.Structure):
+    """Those of sm90/decode.cuh: 2^bits slots for K and for V; of two blocks, how many skipped."""
+
+    _fields_ = [
+        ("key_bits", ctypes.c_int32),
+        ("value_bits", ctypes.c_int32),
+        ("skipped_before", ctypes.c_float),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernel, compiled with g++ for this process."""
+    """The kernels, compiled with g++ for this process."""
     target = Path(tempfile.mkdtemp(prefix="sm90-")) / "kernel.so"
     flags = "-std=c++20 -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -Werror -shared -fPIC"
     command = ["g++", *flags.split(), "-DBSA_EMULATE", f"-I{EMULATOR}", f"-I{SOURCES}"]
@@ -64,7 +74,8 @@ def library() -> ctypes.CDLL:
     subprocess.run([*command, str(runner), "-o", str(target)], check=True)
     found = ctypes.CDLL(str(target))
     found.prefill.argtypes = (ctypes.POINTER(Params), ctypes.c_char_p)
-    found.prefill.restype = ctypes.c_char_p
+    found.decode.argtypes = (ctypes.POINTER(Params), ctypes.POINTER(Rings))
+    found.prefill.restype = found.decode.restype = ctypes.c_char_p
     found.params_bytes.restype = ctypes.c_size_t
     assert found.params_bytes() == ctypes.sizeof(Params), "Params above is not params.h's"
     return found
@@ -97,47 +108,76 @@ def run(
     *,
     dropped_mass: bool | None = None,
 ) -> AttentionResult:
-    """Computes `call` with one `version` of the kernel: dense, always, demand or general."""
-    batch, heads, q_len, head_size = call.q.shape
-    kv_heads, kv_len, v_size = call.v.shape[1:]
-    n_rows, n_blocks = -(-q_len // 64), -(-kv_len // geometry.block_k)
-    skip_bytes = -(-n_blocks // 8)
-    # What the kernel does not write stays NaN.
-    out = torch.full((batch, q_len, heads, v_size), math.nan, dtype=call.q.dtype)
-    lse = torch.full((batch, heads, q_len), math.nan)
-    counts = torch.zeros((batch, heads, 2), dtype=torch.int64)
-    skips = torch.zeros(batch * heads * n_rows * skip_bytes + 4, dtype=torch.uint8)
+    """Computes a prefill with one `version` of the kernel: dense, always, demand or general."""
     if dropped_mass is None:
         dropped_mass = version == "general"
-    dropped = torch.full((batch, heads, q_len), math.nan)
-    request = requests(call)
-    valid = None if call.key_valid is None else call.key_valid.contiguous()
-    sinks = None if call.sinks is None else call.sinks.float().contiguous()
-    rules = [rule.log_lambda, rule.block_threshold, rule.max_dropped_mass]
-    rules = [None if x is None else x.float() for x in rules]
-
-    def pointer(x: Tensor | None) -> int | None:
-        return None if x is None else x.data_ptr()
-
-    params = Params(
-        *map(Strided.of, (call.q, call.k, call.v)),
-        {torch.float16: 0, torch.bfloat16: 1}[call.q.dtype],
-        *(batch, heads, kv_heads, heads // kv_heads, q_len, kv_len, head_size, v_size),
-        *(64, geometry.block_k, n_rows, n_blocks),
-        *(call.scale, call.softcap or 0.0),
-        *(call.causal, call.window or 0, ORDERS[geometry.order], rule.keep_sink),
-        *map(Strided.of, rules),
-        *map(pointer, (sinks, valid, request, out, lse, counts, skips)),
-        pointer(dropped) if dropped_mass else None,
-        *(skip_bytes, 1, 1),
-    )
+    problem = _Problem(call, rule, geometry, dropped_mass)
     os.environ["BSA_EMULATOR_SEED"] = str(seed)
-    failure = library().prefill(params, version.encode())
+    failure = library().prefill(problem.params, version.encode())
     assert failure is None, failure.decode()
-    return AttentionResult(
-        out,
-        lse,
-        counts,
-        skips[:-4].reshape(batch, heads, n_rows, skip_bytes),
-        dropped if dropped_mass else None,
-    )
+    return problem.result
+
+
+def decode(
+    call: AttentionCall,
+    rule: SkipRule,
+    geometry: BlockGeometry,
+    rings: Rings | None,
+    seed: int = 0,
+) -> AttentionResult:
+    """Computes a decode with `rings`; with None, by the kernel of sm_80."""
+    problem = _Problem(call, rule, geometry, dropped_mass=True)
+    os.environ["BSA_EMULATOR_SEED"] = str(seed)
+    failure = library().decode(problem.params, rings)
+    assert failure is None, failure.decode()
+    return problem.result
+
+
+class _Problem:
+    """A call as the kernels get it, and the results they write."""
+
+    def __init__(
+        self, call: AttentionCall, rule: SkipRule, geometry: BlockGeometry, dropped_mass: bool
+    ) -> None:
+        batch, heads, q_len, head_size = call.q.shape
+        kv_heads, kv_len, v_size = call.v.shape[1:]
+        decodes = call.phase == "decode"
+        n_rows, voters = (q_len, kv_heads) if decodes else (-(-q_len // 64), heads)
+        n_blocks = -(-kv_len // geometry.block_k)
+        skip_bytes = -(-n_blocks // 8)
+        split_blocks = n_blocks
+        if geometry.order == "sink_diagonal":
+            split_blocks = min(max(geometry.split_k // geometry.block_k, 1), n_blocks)
+        splits = -(-n_blocks // split_blocks) if decodes else 1
+        # What the kernels do not write stays NaN.
+        out = torch.full((batch, q_len, heads, v_size), math.nan, dtype=call.q.dtype)
+        lse = torch.full((batch, heads, q_len), math.nan)
+        counts = torch.zeros((batch, heads, 2), dtype=torch.int64)
+        skips = torch.zeros(batch * voters * n_rows * skip_bytes + 4, dtype=torch.uint8)
+        dropped = torch.full((batch, heads, q_len), math.nan) if dropped_mass else None
+        partial = (batch, heads, q_len, splits)
+        partial_out, partial_sums = (torch.full((*partial, n), math.nan) for n in (v_size, 4))
+        request = requests(call)
+        valid = None if call.key_valid is None else call.key_valid.contiguous()
+        sinks = None if call.sinks is None else call.sinks.float().contiguous()
+        rules = [rule.log_lambda, rule.block_threshold, rule.max_dropped_mass]
+        rules = [None if x is None else x.float() for x in rules]
+
+        def pointer(x: Tensor | None) -> int | None:
+            return None if x is None else x.data_ptr()
+
+        self.params = Params(
+            *map(Strided.of, (call.q, call.k, call.v)),
+            {torch.float16: 0, torch.bfloat16: 1}[call.q.dtype],
+            *(batch, heads, kv_heads, heads // kv_heads, q_len, kv_len, head_size, v_size),
+            *(64, geometry.block_k, n_rows, n_blocks),
+            *(call.scale, call.softcap or 0.0),
+            *(call.causal, call.window or 0, ORDERS[geometry.order], rule.keep_sink),
+            *map(Strided.of, rules),
+            *map(pointer, (sinks, valid, request, out, lse, counts, skips, dropped)),
+            *(skip_bytes, splits, split_blocks, None),
+            *map(pointer, (partial_out, partial_sums)),
+        )
+        self.held = (call, rules, sinks, valid, request, partial_out, partial_sums)
+        bits = skips[:-4].reshape(batch, voters, n_rows, skip_bytes)
+        self.result = AttentionResult(out, lse, counts, bits, dropped)

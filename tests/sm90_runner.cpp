@@ -1,5 +1,9 @@
-// The sm_90a prefill kernel as a function of a shared library that needs no GPU: for tests.
+// The sm_90a kernels as functions of a shared library that needs no GPU: for tests.
+#include "decode_sm80.cuh"
+#include "requests.cuh"
+#include "sm90/decode_launch.cuh"
 #include "sm90/launch.cuh"
+#include "start.h"
 
 using namespace bsa::cuda;
 
@@ -22,13 +26,43 @@ void choose(const Params& p, const std::string& version) {
   emulator::fail("no such version: " + version);
 }
 
+// Decode by the kernel of sm_80, or, with rings, of sm_90a.
+template <class T, int kD, int kDv, int kBlockK>
+void run_decode(const Params& p, const sm90::Rings* rings) {
+  Params with_seen = p;
+  std::vector<int32_t> seen(p.B * p.Lq);
+  if (p.valid) {
+    start(count_splits_kernel<kBlockK>, dim3(p.Lq, p.B), kThreads, 0, nullptr, p, seen.data());
+    with_seen.splits_seen = seen.data();
+  }
+  if (rings) {
+    sm90::launch_decode<sm90::Decode<T, kD, kDv, kBlockK>>(with_seen, nullptr, *rings);
+  } else {
+    using C = Decode<T, kD, kDv, kBlockK>;
+    start(decode_kernel<C>, dim3(p.splits, p.Lq * p.Hkv, p.B), kThreads, C::kSharedBytes, nullptr,
+          with_seen);
+  }
+  start(join_kernel<T>, dim3(p.Lq * p.Hq, p.B), kThreads, 0, nullptr, with_seen);
+}
+
+template <class Run>
+const char* caught(Run run) {
+  try {
+    run();
+    return nullptr;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
+}
+
 }  // namespace
 
 extern "C" size_t params_bytes() { return sizeof(Params); }
 
 // Null, or what went wrong.
 extern "C" const char* prefill(const Params* p, const char* version) {
-  try {
+  return caught([&] {
     const bool bfloat16 = p->dtype == kBFloat16;
     if (!bfloat16 && p->D == 64 && p->Dv == 64 && p->block_k == 64)
       choose<sm90::Float16, 64, 64, 64>(*p, version);
@@ -44,9 +78,24 @@ extern "C" const char* prefill(const Params* p, const char* version) {
       choose<sm90::BFloat16, 192, 128, 128>(*p, version);
     else
       emulator::fail("not compiled for these sizes");
-    return nullptr;
-  } catch (const std::exception& error) {
-    failure = error.what();
-    return failure.c_str();
-  }
+  });
+}
+
+// `rings` is null for the kernel of sm_80.
+extern "C" const char* decode(const Params* p, const sm90::Rings* rings) {
+  return caught([&] {
+    const bool bfloat16 = p->dtype == kBFloat16;
+    if (!bfloat16 && p->D <= 64 && p->Dv <= 64 && p->block_k == 64)
+      run_decode<Float16, 64, 64, 64>(*p, rings);
+    else if (!bfloat16 && p->D <= 64 && p->Dv <= 64)
+      run_decode<Float16, 64, 64, 128>(*p, rings);
+    else if (bfloat16 && p->D <= 128 && p->Dv <= 128 && p->block_k == 64)
+      run_decode<BFloat16, 128, 128, 64>(*p, rings);
+    else if (bfloat16 && p->D <= 192 && p->Dv <= 128 && p->block_k == 64)
+      run_decode<BFloat16, 192, 128, 64>(*p, rings);
+    else if (bfloat16 && p->block_k == 64)
+      run_decode<BFloat16, 256, 256, 64>(*p, rings);
+    else
+      emulator::fail("not compiled for these sizes");
+  });
 }

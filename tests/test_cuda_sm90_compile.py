@@ -1,4 +1,4 @@
-"""The sm_90a prefill kernel compiled without a GPU: what ptxas says of it, and its machine code."""
+"""The sm_90a kernels compiled without a GPU: what ptxas says of them, and their machine code."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ VERSIONS = {
     "keys64": ("BFloat16, 128, 128, 64, true, true, false", 8, 4),
     "large": ("BFloat16, 256, 256, 64, true, false, false", 16, 4),
     "latent": ("BFloat16, 192, 128, 128, true, false, true", 12, 8),
+}
+#: Of decode: type, head sizes, block_k; a warp's products of scores and of values, for its quarter
+#: of the keys; and the boxes that a block of K is.
+DECODES = {
+    "decode": ("BFloat16, 128, 128, 64", 16, 16, 2),
+    "decode 64": ("Float16, 64, 64, 64", 8, 8, 1),
+    "decode wide": ("BFloat16, 128, 128, 128", 32, 32, 2),
+    "decode latent": ("BFloat16, 192, 128, 64", 24, 16, 3),
+    "decode 256": ("Float16, 256, 256, 64", 32, 32, 4),
 }
 SKIPPING = [name for name in VERSIONS if name != "dense"]
 
@@ -85,8 +94,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         f"auto* {name} = &prefill_kernel<Config<{config}>>;\n"
         for name, (config, _, _) in VERSIONS.items()
     )
+    kernels += "".join(
+        f"auto* decode{i} = &decode_kernel<Decode<bsa::cuda::{config}>>;\n"
+        for i, (config, *_) in enumerate(DECODES.values())
+    )
+    headers = '#include "sm90/decode.cuh"\n#include "sm90/prefill.cuh"\n'
     source = folder / "kernels.cu"
-    source.write_text(f'#include "sm90/prefill.cuh"\nusing namespace bsa::cuda::sm90;\n{kernels}')
+    source.write_text(f"{headers}using namespace bsa::cuda::sm90;\n{kernels}")
     flags = "-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cubin -Xptxas=-v"
     target = folder / "kernels.cubin"
     done = subprocess.run(
@@ -114,14 +128,14 @@ def code(compiled: tuple[str, Path]) -> Callable[[str], Code]:
         flags = ["false", "true"]
         config = [kind, *numbers[:3], *(flags[int(x)] for x in numbers[3:])]
         by_config[", ".join(config)] = part
-    return lambda version: Code(by_config[VERSIONS[version][0]])
+    return lambda version: Code(by_config[(VERSIONS | DECODES)[version][0]])
 
 
 def test_nothing_spills_and_no_product_waits_without_need(compiled: tuple[str, Path]) -> None:
     told, _ = compiled
     assert "warning" not in told, told  # C7510: products are serialised; C7508: setmaxnreg ignored
     sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", told)
-    assert sizes == [("0", "0", "0")] * len(VERSIONS)
+    assert sizes == [("0", "0", "0")] * len(VERSIONS | DECODES)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -181,3 +195,34 @@ def test_addresses_of_products_are_the_warps(code: Callable[[str], Code]) -> Non
     for version in VERSIONS:
         found = code(version)
         assert len(found.where("R2UR")) < 30, version
+
+
+@pytest.mark.parametrize("version", DECODES)
+def test_decode_skips_around_the_wait_for_v_and_its_product(
+    code: Callable[[str], Code], version: str
+) -> None:
+    """The loop over the blocks can be run with K's wait, the scores' product and one barrier."""
+    _, scores, values, boxes = DECODES[version]
+    found = code(version)
+    assert not found.where("LDL", "STL")
+    start = min(found.where("HMMA"))
+    whole = found.loop(start, set())
+    around_v = found.where("LDSM.16.MT88") & whole  # transposed: what V is read with
+    assert len(found.where("HMMA") & whole) == scores + values
+    assert len(found.where("BAR.SYNC", "BAR.RED") & whole) == 1
+    skipping = found.loop(start, around_v | found.where("MUFU.EX2"))
+    assert len(found.where("HMMA") & skipping) == scores
+    assert len(found.where("BAR.SYNC") & skipping) == 1
+    waits, copies = found.where("SYNCS.PHASECHK"), found.where("UTMALDG")
+    assert waits & skipping
+    assert (waits & whole) - skipping, "V is not waited for where a block is skipped"
+    # A block of K comes first; then V after the vote, and V ahead: the loop runs without either.
+    in_loop = sorted(copies & whole)
+    assert len(in_loop) == boxes + 2 * values_boxes(version)
+    lean = found.loop(start, around_v | found.where("MUFU.EX2") | set(in_loop[boxes:]))
+    assert sorted(copies & lean) == in_loop[:boxes]
+
+
+def values_boxes(version: str) -> int:
+    """Boxes that a block of V is."""
+    return int(DECODES[version][0].split(", ")[2]) // 64

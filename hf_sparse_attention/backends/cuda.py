@@ -3,7 +3,7 @@
 They serve GPUs of compute capability 8.0 and newer, forward only: where gradients are wanted,
 Triton's kernels do. For tests, a build for the CPU runs the same kernels thread by thread:
 HF_SPARSE_ATTENTION_EMULATE=1, with `python kernel_hub/build.py --emulate`. On Hopper,
-HF_SPARSE_ATTENTION_CUDA_LEVEL=sm_80 leaves the kernel made for it aside.
+HF_SPARSE_ATTENTION_CUDA_LEVEL=sm_80 leaves the kernels made for it aside.
 """
 
 from __future__ import annotations

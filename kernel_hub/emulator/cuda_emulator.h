@@ -84,6 +84,8 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Barrier barriers[16];
+  size_t asleep = 0;  // 1 + a warp; 0: none
+  int threads = 0;    // of the kernel: fibers beside those are the emulator's own
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   jmp_buf scheduler;
@@ -95,7 +97,9 @@ inline Block* block = nullptr;
 inline Fiber* self = nullptr;
 inline dim3 grid_size, block_size, block_index;
 inline Totals totals;
+inline int helpers = 0;  // threads at the end of each block that are not the kernel's
 inline uint64_t random_state = 1;
+inline bool puts_warps_to_sleep = false;
 inline std::mutex one_launch;
 
 inline uint32_t random_number() {
@@ -224,21 +228,37 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
+// Gives the fibers of a warp that are ready a turn each, from lane `first` on. Whether any ran.
+inline bool take_turns_of_warp(size_t warp, int first) {
+  bool moved = false;
+  for (int i = 0; i < kWarp; ++i) {
+    Fiber& fiber = block->fibers[warp * kWarp + (i + first) % kWarp];
+    if (fiber.done || (fiber.waits_for && !fiber.is_over(fiber.argument))) continue;
+    resume(fiber);
+    if (block->error) std::rethrow_exception(block->error);
+    moved = true;
+  }
+  return moved;
+}
+
 // Gives every fiber that is ready a turn: warps in another order every time, and their lanes from
 // another one. Whether any ran.
+//
+// Under some seeds one warp at a time sleeps, until nobody else can do anything: so the others get
+// as far ahead of it as the program lets them.
 inline bool take_turns() {
   const size_t warps = block->warps.size(), first = random_number() % warps;
   const int first_lane = random_number() % kWarp;
+  if (!block->asleep && puts_warps_to_sleep && random_number() % 2)
+    block->asleep = 1 + random_number() % warps;
   bool moved = false;
-  for (size_t w = 0; w < warps; ++w)
-    for (int i = 0; i < kWarp; ++i) {
-      Fiber& fiber = block->fibers[(w + first) % warps * kWarp + (i + first_lane) % kWarp];
-      if (fiber.done || (fiber.waits_for && !fiber.is_over(fiber.argument))) continue;
-      resume(fiber);
-      if (block->error) std::rethrow_exception(block->error);
-      moved = true;
-    }
-  return moved;
+  for (size_t i = 0; i < warps; ++i) {
+    const size_t warp = (i + first) % warps;
+    if (warp + 1 != block->asleep) moved |= take_turns_of_warp(warp, first_lane);
+  }
+  if (moved || !block->asleep) return moved;
+  block->asleep = 0;
+  return true;
 }
 
 inline void make_fiber(Fiber& fiber, unsigned i) {
@@ -262,7 +282,7 @@ inline void run_block(const std::function<void()>& kernel, size_t shared_bytes) 
   here.shared_bytes = shared_bytes, here.kernel = &kernel;
   const unsigned count = block_size.x * block_size.y * block_size.z;
   if (count % kWarp) fail("expected whole warps, got " + std::to_string(count) + " threads");
-  here.fibers.resize(count), here.warps.resize(count / kWarp);
+  here.fibers.resize(count), here.warps.resize(count / kWarp), here.threads = int(count) - helpers;
   for (unsigned i = 0; i < count; ++i) make_fiber(here.fibers[i], i);
   while (take_turns()) {
   }
@@ -275,12 +295,15 @@ inline void run_block(const std::function<void()>& kernel, size_t shared_bytes) 
   }
 }
 
-// Runs `kernel` as a launch would, and waits for it.
-inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel) {
+// Runs `kernel` as a launch would, and waits for it. The last `helpers_` threads are no threads of
+// the kernel, but the emulator's own.
+inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel,
+                int helpers_ = 0) {
   const std::lock_guard<std::mutex> lock(one_launch);
   const char* seed = std::getenv("BSA_EMULATOR_SEED");
   random_state = seed ? std::strtoull(seed, nullptr, 10) * 2 + 1 : 0x9E3779B97F4A7C15;
-  grid_size = grid, block_size = threads, ++totals.launches;
+  puts_warps_to_sleep = seed && std::strtoull(seed, nullptr, 10) / 2 % 2;
+  grid_size = grid, block_size = threads, helpers = helpers_, ++totals.launches;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x, ++totals.blocks) {

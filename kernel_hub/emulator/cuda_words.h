@@ -21,12 +21,12 @@
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulator::meet_at_barrier(0, int(emulator::block->fibers.size())); }
+inline void __syncthreads() { emulator::meet_at_barrier(0, emulator::block->threads); }
 inline int __syncthreads_and(int vote) {
-  return emulator::meet_at_barrier(0, int(emulator::block->fibers.size()), vote != 0).all;
+  return emulator::meet_at_barrier(0, emulator::block->threads, vote != 0).all;
 }
 inline int __syncthreads_or(int vote) {
-  return emulator::meet_at_barrier(0, int(emulator::block->fibers.size()), vote != 0).any;
+  return emulator::meet_at_barrier(0, emulator::block->threads, vote != 0).any;
 }
 
 inline void expect_whole_warp(unsigned mask) {

@@ -50,14 +50,15 @@ struct Product {
 };
 
 constexpr uint32_t kStart = 16;  // where dynamic shared memory begins: not at a multiple of 1024
-constexpr int kBlockThreads = 384, kGroup = 128;
+constexpr int kMostThreads = 384, kGroup = 128;
 
 inline std::map<uint32_t, Phases> phases;
 inline std::deque<Box> boxes;     // on their way
+inline int block_threads = 0;     // of the kernel
 inline int begun = 0, ended = 0;  // threads, with the copy engine's warp; of the kernel
 inline bool late_products = false;
 // Of each thread: its groups of products, of which the last is open.
-inline std::deque<std::vector<Product>> products[kBlockThreads];
+inline std::deque<std::vector<Product>> products[kMostThreads];
 
 inline unsigned thread() { return threadIdx.x; }
 inline unsigned char* at(uint32_t address, size_t bytes, size_t alignment) {
@@ -106,7 +107,8 @@ inline void load(const Box& box) {
 // The copy engine, as a thread of its own beside the kernel's: brings boxes when it likes.
 inline void engine() {
   while (true) {
-    wait_until("boxes to copy", [] { return !boxes.empty() || ended == kBlockThreads; });
+    wait_until("boxes to copy", [] { return !boxes.empty() || ended == block_threads; });
+    if (ended == block_threads && !boxes.empty()) fail("a block ended before its copies did");
     if (boxes.empty()) return;
     if (random_number() % 8) {
       yield();
@@ -119,25 +121,25 @@ inline void engine() {
   }
 }
 
-// Runs `kernel` in blocks of 384 threads. Under odd seeds products are late.
+// Runs `kernel`. Under odd seeds products are late.
 template <class F>
-void launch(dim3 grid, size_t shared_bytes, F kernel) {
+void launch(dim3 grid, int threads, size_t shared_bytes, F kernel) {
   const char* seed = std::getenv("BSA_EMULATOR_SEED");
-  late_products = seed && std::atoll(seed) % 2, begun = 0;
-  constexpr int kThreads = kBlockThreads + kWarp;
-  run(grid, dim3(kThreads), shared_bytes + kStart, [&] {
-    if (begun % kThreads == 0) {
+  late_products = seed && std::atoll(seed) % 2, begun = 0, block_threads = threads;
+  const auto run_thread = [&] {
+    if (begun % (block_threads + kWarp) == 0) {
       phases.clear(), boxes.clear(), ended = 0;
       for (auto& x : products) x.assign(1, {});
     }
     ++begun;
-    if (thread() == kBlockThreads) engine();
-    if (thread() >= kBlockThreads) return;
+    if (int(thread()) == block_threads) engine();
+    if (int(thread()) >= block_threads) return;
     kernel();
     if (products[thread()].size() > 1 || !products[thread()][0].empty())
       fail("a thread ended before its products did");
     ++ended;
-  });
+  };
+  run(grid, dim3(threads + kWarp), shared_bytes + kStart, run_thread, kWarp);
 }
 
 // ---- Products
@@ -214,7 +216,7 @@ namespace bsa::cuda::sm90 {
 using TensorMap = emulator::sm90::Map;
 
 inline uint32_t shared_memory() { return emulator::sm90::kStart; }
-inline void block_sync() { emulator::meet_at_barrier(0, emulator::sm90::kBlockThreads); }
+inline void block_sync() { __syncthreads(); }
 inline int same_for_warp(int x) {
   if (__shfl_sync(0xFFFFFFFFu, x, 0) != x)
     emulator::fail("same_for_warp: the threads of a warp differ");

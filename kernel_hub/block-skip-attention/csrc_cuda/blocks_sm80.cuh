@@ -1,7 +1,8 @@
 // Blocks of Q, K and V in shared memory, and their products, on sm_80's tensor cores.
 //
-// A block lies row by row in chunks of 16 bytes. Chunk c of row r is stored at c ^ (r % 8), so that
-// the eight rows that ldmatrix reads at once lie in different banks.
+// A block lies in chunks of 16 bytes, eight of which are a panel's row. Chunk c of row r is stored
+// at c ^ (r % 8), so that the eight rows that ldmatrix reads at once lie in different banks. Where
+// the panels lie is a matter of who fills them, see `Rows` and `Panels`.
 //
 // Fragments (16x8 scores of a warp, `j` counts the 8 columns): lane i holds rows i / 4 and i / 4 +
 // 8, columns 8 j + 2 (i % 4) and the next: elements 0, 1 of the first row, 2, 3 of the second.
@@ -18,16 +19,28 @@ constexpr int kWarps = kThreads / 32;
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
-// The offset, in bytes, of a chunk in a block with rows of kWidth elements.
+// How far rows and panels lie apart, in bytes: row by row, as our own copies write;
 template <int kWidth>
+struct Rows {
+  static constexpr int kRowBytes = kWidth * 2, kPanelBytes = 128;
+};
+// or panel by panel, as Hopper's bulk copy does.
+template <int kRows>
+struct Panels {
+  static constexpr int kRowBytes = 128, kPanelBytes = kRows * 128;
+};
+
+// The offset, in bytes, of a chunk.
+template <class Layout>
 __device__ __forceinline__ uint32_t place(int row, int chunk) {
-  return row * kWidth * 2 + ((chunk ^ (row & 7)) << 4);
+  return row * Layout::kRowBytes + chunk / 8 * Layout::kPanelBytes + ((chunk % 8 ^ (row & 7)) << 4);
 }
 
 // `at` moved on by a pair of chunks, `pairs` times; it is the address of a chunk below 2. Few
 // registers: only bits of eight chunks are swizzled, what lies beyond is a constant offset.
+template <class Layout>
 __device__ __forceinline__ uint32_t move_on(uint32_t at, int pairs) {
-  return (at ^ (pairs % 4 << 5)) + pairs / 4 * 128;
+  return (at ^ (pairs % 4 << 5)) + pairs / 4 * Layout::kPanelBytes;
 }
 
 // Starts to copy kRows rows of kWidth elements. Those from `rows` on, and columns from `columns`
@@ -44,8 +57,8 @@ __device__ __forceinline__ void load_block(uint32_t to, const void* data, int64_
 #pragma unroll
     for (int panel = 0; panel < kWidth / 64; ++panel) {
       const bool wanted = row < rows && panel * 64 + chunk * 8 < columns;
-      copy_async(to + place<kWidth>(row, panel * 8 + chunk), wanted ? from + panel * 64 : start,
-                 wanted);
+      copy_async(to + place<Rows<kWidth>>(row, panel * 8 + chunk),
+                 wanted ? from + panel * 64 : start, wanted);
     }
 }
 
@@ -53,44 +66,49 @@ __device__ __forceinline__ void load_block(uint32_t to, const void* data, int64_
 template <int kHead>
 __device__ __forceinline__ void load_left(uint32_t (&q)[4], uint32_t block, int first, int step) {
   const int lane = lane_index();
-  load_matrices(q, move_on(block + place<kHead>(first + lane % 16, lane / 16), step));
+  load_matrices(
+      q, move_on<Rows<kHead>>(block + place<Rows<kHead>>(first + lane % 16, lane / 16), step));
 }
 
 // s += q k^T for one step of 16 dimensions: a warp's 16 rows by kKeys keys, from `first` on.
-template <class Type, int kHead, int kKeys>
+template <class Type, class Layout, int kKeys>
 __device__ __forceinline__ void add_scores(float (&s)[kKeys / 8][4], const uint32_t (&q)[4],
                                            uint32_t keys, int first, int step) {
   const int lane = lane_index(), row = first + lane % 8 + lane / 16 * 8;
-  const uint32_t at = move_on(keys + place<kHead>(row, lane / 8 % 2), step);
+  const uint32_t at = move_on<Layout>(keys + place<Layout>(row, lane / 8 % 2), step);
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
     uint32_t k[4];
-    load_matrices(k, at + n * 16 * kHead * 2);
+    load_matrices(k, at + n * 16 * Layout::kRowBytes);
     multiply<Type>(s[2 * n], q, k[0], k[1]);
     multiply<Type>(s[2 * n + 1], q, k[2], k[3]);
   }
 }
 
-// o += p v: a warp's 16 rows of weights of kKeys keys, from `first` on.
-template <class Type, int kValue, int kKeys>
-__device__ __forceinline__ void add_values(float (&o)[kValue / 8][4],
-                                           const float (&p)[kKeys / 8][4], uint32_t values,
-                                           int first) {
-  const int lane = lane_index();
-  const uint32_t at = values + place<kValue>(first + lane % 16, lane / 16);
+// A warp's 16 rows of weights of 16 keys, rounded, as left factor: of scores s[j] and s[j + 1].
+template <class Type>
+__device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&left)[4],
+                                             const float (&right)[4]) {
+  a[0] = pack<Type>(left[0], left[1]), a[1] = pack<Type>(left[2], left[3]);
+  a[2] = pack<Type>(right[0], right[1]), a[3] = pack<Type>(right[2], right[3]);
+}
+
+// Where a lane reads values of keys from `first` on; each further 16 keys are 16 rows on.
+template <class Layout>
+__device__ __forceinline__ uint32_t values_at(uint32_t values, int first) {
+  return values + place<Layout>(first + lane_index() % 16, lane_index() / 16);
+}
+
+// o += p v, for 16 keys.
+template <class Type, class Layout, int kValue>
+__device__ __forceinline__ void add_values(float (&o)[kValue / 8][4], const uint32_t (&weights)[4],
+                                           uint32_t at) {
 #pragma unroll
-  for (int step = 0; step < kKeys / 16; ++step) {
-    const float (&left)[4] = p[2 * step];
-    const float (&right)[4] = p[2 * step + 1];
-    const uint32_t a[4] = {pack<Type>(left[0], left[1]), pack<Type>(left[2], left[3]),
-                           pack<Type>(right[0], right[1]), pack<Type>(right[2], right[3])};
-#pragma unroll
-    for (int n = 0; n < kValue / 16; ++n) {
-      uint32_t v[4];
-      load_matrices_transposed(v, move_on(at, n) + step * 16 * kValue * 2);
-      multiply<Type>(o[2 * n], a, v[0], v[1]);
-      multiply<Type>(o[2 * n + 1], a, v[2], v[3]);
-    }
+  for (int n = 0; n < kValue / 16; ++n) {
+    uint32_t v[4];
+    load_matrices_transposed(v, move_on<Layout>(at, n));
+    multiply<Type>(o[2 * n], weights, v[0], v[1]);
+    multiply<Type>(o[2 * n + 1], weights, v[2], v[3]);
   }
 }
 

@@ -9,7 +9,7 @@
 #include "../csrc/arguments.h"
 #include "../torch-ext/torch_binding.h"
 #include "launch.h"
-#include "sm90/prefill.h"
+#include "sm90/calls.h"
 
 using bsa::MaybeTensor, bsa::ScalarType, bsa::Tensor;
 using bsa::cuda::Params;
@@ -100,17 +100,32 @@ Scratch prepare_decode(Params& p, const Tensor& q, int64_t split_k, bsa::cuda::S
   return scratch;
 }
 
-// On Hopper, and only there, the kernel made for it, where it serves the call and
-// HF_SPARSE_ATTENTION_CUDA_LEVEL is not sm_80.
+#if !defined(BSA_EMULATE)  // where Hopper's kernels have tests of their own
+// Whether the kernels made for Hopper may run: there, and only there, unless
+// HF_SPARSE_ATTENTION_CUDA_LEVEL is sm_80.
+bool takes_sm90(const bsa::cuda::Device& device) {
+  const char* level = std::getenv("HF_SPARSE_ATTENTION_CUDA_LEVEL");
+  return device.capability == 90 && !(level && std::string_view(level) == "sm_80");
+}
+#endif
+
 void prefill(const Params& p, [[maybe_unused]] const bsa::cuda::Device& device,
              bsa::cuda::Stream stream) {
-#if !defined(BSA_EMULATE)  // where it has an emulation of its own
-  const char* level = std::getenv("HF_SPARSE_ATTENTION_CUDA_LEVEL");
-  const bool is_forced_down = level && std::string_view(level) == "sm_80";
-  if (device.capability == 90 && !is_forced_down && !bsa::cuda::refusal_sm90(p))
+#if !defined(BSA_EMULATE)
+  if (takes_sm90(device) && !bsa::cuda::refusal_prefill_sm90(p))
     return bsa::cuda::prefill_sm90(p, stream, bsa::cuda::expected_sparsity());
 #endif
   bsa::cuda::prefill_sm80(p, stream);
+}
+
+// As far as the splits.
+void decode(const Params& p, [[maybe_unused]] const bsa::cuda::Device& device,
+            bsa::cuda::Stream stream) {
+#if !defined(BSA_EMULATE)
+  if (takes_sm90(device) && !bsa::cuda::refusal_decode_sm90(p))
+    return bsa::cuda::decode_sm90(p, stream, bsa::cuda::expected_sparsity(), device.processors);
+#endif
+  bsa::cuda::decode_sm80(p, stream);
 }
 
 }  // namespace
@@ -185,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
   }
   if (p.decode()) {
     const Scratch scratch = prepare_decode(p, q, split_k, stream);
-    bsa::cuda::decode_sm80(p, stream);
+    decode(p, device, stream);
     bsa::cuda::join_splits(p, stream);
   } else {
     prefill(p, device, stream);

@@ -7,10 +7,10 @@ namespace bsa::cuda {
 
 using Stream = void*;
 
-// The device that is current: 10 * major + minor of its compute capability, and the largest shared
-// memory of a thread block.
+// The device that is current: 10 * major + minor of its compute capability, the largest shared
+// memory of a thread block, and how many multiprocessors there are.
 struct Device {
-  int capability = 0, shared_bytes = 0;
+  int capability = 0, shared_bytes = 0, processors = 0;
 };
 Device current_device();
 

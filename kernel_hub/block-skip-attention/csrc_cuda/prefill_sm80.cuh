@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, C::kResident)
 #pragma unroll C::kUnrolled
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (C::kSharedQ) load_left<C::kHead>(q[0], queries, my_rows, step);
-      add_scores<Type, C::kHead, C::kBlockK>(s, q[C::kSharedQ ? 0 : step], keys, 0, step);
+      add_scores<Type, Rows<C::kHead>, C::kBlockK>(s, q[C::kSharedQ ? 0 : step], keys, 0, step);
     }
     const float unit = cap_scores(p, s);
     if (end - start < C::kBlockQ ||
@@ -202,7 +202,13 @@ __global__ void __launch_bounds__(kThreads, C::kResident)
       shrink(o, shrinks);
       wait_for_copies<C::kLaterCopies>();
       __syncthreads();
-      add_values<Type, C::kValue, C::kBlockK>(o, s, values, 0);
+      const uint32_t at = values_at<Rows<C::kValue>>(values, 0);
+#pragma unroll
+      for (int step = 0; step < C::kBlockK / 16; ++step) {
+        uint32_t weights[4];
+        pack_weights<Type>(weights, s[2 * step], s[2 * step + 1]);
+        add_values<Type, Rows<C::kValue>, C::kValue>(o, weights, at + step * 16 * C::kValue * 2);
+      }
     } else {
       load_next_keys();
       if (skip && p.skips && threadIdx.x == 0)

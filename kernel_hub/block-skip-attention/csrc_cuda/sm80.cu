@@ -60,7 +60,7 @@ void count_splits(const Params& p, int32_t* found, Stream stream) {
 Device current_device() {
   Device device;
 #if defined(BSA_EMULATE)
-  device.capability = 80, device.shared_bytes = 163 << 10;
+  device.capability = 80, device.shared_bytes = 163 << 10, device.processors = 108;
 #else
   int index = 0, major = 0, minor = 0;
   check(cudaGetDevice(&index));
@@ -68,6 +68,7 @@ Device current_device() {
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
   check(
       cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index));
   device.capability = 10 * major + minor;
 #endif
   return device;

@@ -1,34 +1,13 @@
-// From a problem to the instance that computes it.
+// From a prefill to the instance that computes it.
 #pragma once
 #include "prefill.cuh"
-#include "tensor_map.h"
+#include "start.h"
 
 namespace bsa::cuda::sm90 {
 
 // Blocks that both block rows of a pair keep are fetched twice on demand, and once always. If each
 // keeps a share 1 - s, that is 2 (1 - s) fetches against 1: even at half.
 constexpr float kOnDemandFrom = 0.5f;
-
-#if defined(BSA_EMULATE)
-
-template <class C>
-void start(dim3 grid, void*, const Maps& maps, const Params& p) {
-  emulator::sm90::launch(grid, Memory<C>::kBytes, [&] { prefill_kernel<C>(maps, p); });
-}
-
-#else
-
-template <class C>
-void start(dim3 grid, void* stream, const Maps& maps, const Params& p) {
-  constexpr int kBytes = Memory<C>::kBytes;
-  const auto* kernel = reinterpret_cast<const void*>(prefill_kernel<C>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  void* arguments[] = {const_cast<Maps*>(&maps), const_cast<Params*>(&p)};
-  check(cudaLaunchKernel(kernel, grid, dim3(kThreads), arguments, kBytes,
-                         static_cast<cudaStream_t>(stream)));
-}
-
-#endif
 
 template <class C>
 void launch(const Params& p, void* stream) {
@@ -37,7 +16,8 @@ void launch(const Params& p, void* stream) {
   };
   const Maps maps = {map(p.q, p.Hq, p.Lq, p.D, kRows), map(p.k, p.Hkv, p.Lk, p.D, C::kBlockK),
                      map(p.v, p.Hkv, p.Lk, p.Dv, C::kBlockK)};
-  start<C>(dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), stream, maps, p);
+  start(prefill_kernel<C>, dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), kThreads,
+        Memory<C>::kBytes, stream, maps, p);
 }
 
 template <class T, int kD, int kDv, int kBlockK>
