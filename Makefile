@@ -57,7 +57,7 @@ bench: setup  ## the benchmarks that run on a CPU
 	$(BIN)/python -m benchmarks.decode
 
 # Not in .venv: it takes the torch and Triton that the machine has, as a fresh one has no internet.
-gpu-check:  ## on a machine with a GPU: prove the kernels right, then time them; 9 minutes
+gpu-check:  ## on a machine with a GPU: prove the kernels right, then time them, within 9 minutes
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 wheel: setup  ## a wheel with the native kernel in it, in dist/

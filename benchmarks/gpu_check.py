@@ -1,6 +1,6 @@
 """`make gpu-check`: the backends for GPUs on this machine's, proven right and then timed.
 
-    python benchmarks/gpu_check.py [--seconds 520] [--time-anyway] [--emulate]
+    python benchmarks/gpu_check.py [--seconds 540] [--time-anyway] [--emulate]
 
 One command for a fresh machine: needs Python, torch, Triton and transformers, and no internet; the
 CUDA variant also nvcc and g++, without which it alone is left out. It builds the variants, checks
@@ -10,8 +10,12 @@ Everything on the GPU runs in child processes, each case within a time limit: a 
 costs its case and no more. If something is wrong, nothing is timed (but with --time-anyway, which
 the result then says).
 
+There is a deadline for the whole (--seconds), and, as shares of it, one for each part (PARTS); what
+a part leaves is the next ones'. Cases that were not reached are left out, by name of the first; the
+ones that matter most come first.
+
 The result is gpu_check.json in the folder $OUT, else in benchmarks/results; it is written again
-after every stage. The exit status is 0 only if all that ran was right. `--emulate` runs tiny cases
+after every case. The exit status is 0 only if all that ran was right. `--emulate` runs tiny cases
 on the CPU, interpreted: a rehearsal of this script, not a measurement.
 """
 
@@ -25,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -33,9 +38,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_children import Row, run_cases, run_sanitizer  # noqa: E402
+from benchmarks.gpu_children import Row, run_build, run_cases, run_sanitizer  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
+#: When each part ends at the latest, as a share of all seconds.
+PARTS = {"build": 0.3, "correctness": 0.6, "sanitizer": 0.72, "timing": 0.98}
 
 
 def last_line(*command: str) -> str | None:
@@ -70,15 +77,15 @@ def is_gpu_there() -> bool:
     return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def build_cuda(builder: list[str], *, emulate: bool) -> dict[str, Any]:
+def build_cuda(builder: list[str], deadline: float, *, emulate: bool) -> dict[str, Any]:
     """Builds the CUDA variant: its id, or why there is none, and how long that took."""
     start = time.monotonic()
     what = ["--emulate"] if emulate else ["--variant", "cuda"]
-    done = subprocess.run([*builder, *what], capture_output=True, text=True)
-    print(done.stdout or done.stderr, flush=True)
+    status, output = run_build([*builder, *what], max(deadline - start, 1.0))
+    print(output, flush=True)
     took = round(time.monotonic() - start, 1)
-    if done.returncode:
-        return {"cuda": f"not built: {done.stderr[-2000:]}", "cuda_build_took": took}
+    if status:
+        return {"cuda": f"not built: {output[-2000:]}", "cuda_build_took": took}
     folder = ROOT / "kernel_hub/block-skip-attention"
     pattern = ".build/emulated" if emulate else "build/torch-stable-abi*-cu[0-9]*"
     built = max(folder.glob(f"{pattern}/metadata.json"), key=lambda path: path.stat().st_mtime)
@@ -86,40 +93,53 @@ def build_cuda(builder: list[str], *, emulate: bool) -> dict[str, Any]:
 
 
 def check(
-    result: dict[str, Any], deadline: float, path: Path, *, emulate: bool, time_anyway: bool
+    result: dict[str, Any],
+    deadlines: dict[str, float],
+    path: Path,
+    *,
+    emulate: bool,
+    time_anyway: bool,
 ) -> None:
-    """All stages, each adding its rows to `result`."""
+    """All parts but the build, each adding its rows to `result` as they come."""
     options = ["--device", "cpu", "--most", "1"] if emulate else []
 
-    def left(share: float = 1.0) -> float:
-        return time.monotonic() + share * (deadline - time.monotonic())
+    def begin(part: str) -> Callable[[Row], None]:
+        rows = result[part] = []
 
-    def keep(name: str, rows: list[Row]) -> None:
-        result[name] = rows
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(path)
-        for row in rows:
+        def tell(row: Row) -> None:
+            rows.append(row)
+            write(result, path)
             print_row(row)
+
+        return tell
 
     groups = ["small", "large"]
     if result["cuda"].startswith("_"):
         groups = ["small_cuda", "small_sm90", "small_sm80", "large_cuda", *groups]
-    keep("correctness", run_cases(groups, options, case_limit=60, deadline=left(0.5)))
-    rows = []
-    for tool in TOOLS:
+    tell, deadline = begin("correctness"), deadlines["correctness"]
+    run_cases(groups, options, case_limit=60, deadline=deadline, tell=tell)
+    tell, deadline = begin("sanitizer"), deadlines["sanitizer"]
+    for i, tool in enumerate(TOOLS):
         if emulate or shutil.which("compute-sanitizer") is None:
             reason = "emulated" if emulate else "compute-sanitizer is not installed"
-            rows.append({"name": tool, "left_out": reason})
+            tell({"name": tool, "left_out": reason})
         else:
-            rows.append(run_sanitizer(tool, limit=min(70.0, left(0.25) - time.monotonic())))
-    keep("sanitizer", rows)
+            share = (deadline - time.monotonic()) / (len(TOOLS) - i)
+            tell(run_sanitizer(tool, limit=min(70.0, share)))
     result["timing_in_spite_of_errors"] = time_anyway and bool(wrong(result))
     if wrong(result) and not time_anyway:
         result["timing"] = "not taken: something is wrong"
         return
-    groups = ["prefill", "decode", "training"]
-    keep("timing", run_cases(groups, options, case_limit=120, deadline=left()))
+    groups = ["headlines", "prefill", "decode", "training"]
+    tell, deadline = begin("timing"), deadlines["timing"]
+    run_cases(groups, options, case_limit=120, deadline=deadline, tell=tell)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Writes what is known so far, as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def wrong(result: dict[str, Any]) -> list[Row]:
@@ -152,26 +172,28 @@ def print_times(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=520.0, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything together")
     parser.add_argument("--emulate", action="store_true", help="tiny cases, on the CPU")
     parser.add_argument("--time-anyway", action="store_true", help="even if something is wrong")
     args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
+    start = time.monotonic()
+    deadlines = {part: start + share * args.seconds for part, share in PARTS.items()}
     if not args.emulate and not is_gpu_there():
         sys.exit("gpu-check: expected a CUDA device, found none; `make test` needs none")
     os.environ["TRITON_INTERPRET"] = "1" if args.emulate else "0"
     os.environ["HF_SPARSE_ATTENTION_EMULATE"] = "1" if args.emulate else "0"
     builder = [sys.executable, str(ROOT / "kernel_hub/build.py")]
     subprocess.run([*builder, "--variant", "universal"], check=True)
-    built = build_cuda(builder, emulate=args.emulate)
+    built = build_cuda(builder, deadlines["build"], emulate=args.emulate)
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gpu_check.json"
     result: dict[str, Any] = {"emulated": args.emulate, **provenance(), **built}
-    check(result, deadline, path, emulate=args.emulate, time_anyway=args.time_anyway)
+    check(result, deadlines, path, emulate=args.emulate, time_anyway=args.time_anyway)
     failed = wrong(result)
     result["right"] = not failed
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result["took"] = round(time.monotonic() - start, 1)
+    write(result, path)
     if isinstance(result["timing"], list):
         print_times(result["timing"])
     print(f"\n{len(failed)} wrong; wrote {path}")

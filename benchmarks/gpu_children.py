@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,12 @@ def end_group(process: subprocess.Popen[str]) -> None:
 
 
 def run_cases(
-    groups: list[str], options: list[str], *, case_limit: float, deadline: float
+    groups: list[str],
+    options: list[str],
+    *,
+    case_limit: float,
+    deadline: float,
+    tell: Callable[[Row], None] = lambda _: None,
 ) -> list[Row]:
     """The rows of all cases of `groups`: each has `ok`, or `left_out` with the reason.
 
@@ -92,8 +98,9 @@ def run_cases(
         options: more arguments for it.
         case_limit: seconds that one case may take.
         deadline: of `time.monotonic()`, for all of them.
+        tell: gets each row as soon as it is there.
     """
-    rows: list[Row] = []
+    rows = _Rows(tell)
     while True:
         done = [row["name"] for row in rows]
         child = Child([*groups, *options, "--done", *done])
@@ -113,19 +120,53 @@ def run_cases(
             child.end()
             if time.monotonic() >= deadline - 0.01:
                 name = running["name"] if running else "the rest"
-                return [*rows, {"name": name, "left_out": "no time left, for this and the rest"}]
+                rows.append({"name": name, "left_out": "no time left, for this and the rest"})
+                return list(rows)
             if running is None:
-                return [*rows, {"name": "start", "ok": False, "error": str(error)}]
+                rows.append({"name": "start", "ok": False, "error": str(error)})
+                return list(rows)
             rows.append({**running, "ok": False, "error": f"{error}: killed"})
             continue
         if status == 0:
-            return rows
+            return list(rows)
         if running is not None:
             words = " | ".join(child.errors[-5:])
             rows.append({**running, "ok": False, "error": f"ended with status {status}: {words}"})
         elif len(rows) == len(done):
             words = " | ".join(child.errors[-5:])
-            return [*rows, {"name": "start", "ok": False, "error": f"status {status}: {words}"}]
+            rows.append({"name": "start", "ok": False, "error": f"status {status}: {words}"})
+            return list(rows)
+
+
+class _Rows(list[Row]):
+    """Rows that are told of as they are added."""
+
+    def __init__(self, tell: Callable[[Row], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def append(self, row: Row) -> None:
+        super().append(row)
+        self.tell(row)
+
+
+def run_build(command: list[str], limit: float) -> tuple[int, str]:
+    """Exit status and output of a build, which is ended with all its compilers after `limit` s."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return 124, f"not done within {limit:.0f} s"
+    return process.returncode, output
 
 
 def run_sanitizer(tool: str, limit: float) -> Row:

@@ -23,6 +23,11 @@ SPARSITIES = (0.0, 0.9) if EMULATED else (0.0, 0.5, 0.75, 0.9)
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
+def headline_cases(device: str) -> list[Case]:
+    """What the goals are about, if there is time for nothing else: 64K in both phases."""
+    return [*prefill_cases(device)[:1], *decode_cases(device)[:2]]
+
+
 def prefill_cases(device: str) -> list[Case]:
     lengths = [70] if EMULATED else [65536, 8192, 16384, 32768, 131072]
     return [(f"prefill {n}", lambda n=n: prefill(device, n)) for n in lengths]

@@ -35,6 +35,7 @@ GROUPS = {
     "small_sm90": "benchmarks.gpu_hopper:small_cases",
     "large_cuda": "benchmarks.gpu_correctness:large_cuda_cases",
     "sanitize": "benchmarks.gpu_correctness:sanitize_cases",
+    "headlines": "benchmarks.gpu_timing:headline_cases",
     "prefill": "benchmarks.gpu_timing:prefill_cases",
     "decode": "benchmarks.gpu_timing:decode_cases",
     "training": "benchmarks.gpu_timing:backward_cases",
@@ -65,9 +66,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="run only this many cases of a group")
     args = parser.parse_args()
     cases = [(g, *case) for g in args.groups for case in cases_of(g, args.device)[: args.most]]
+    done = set(args.done)
     for group, name, run in cases:
-        if name in args.done:
+        if name in done:  # before, or in an earlier group
             continue
+        done.add(name)
         print(json.dumps({"begins": name, "group": group}), flush=True)
         start = time.perf_counter()
         try:

@@ -48,9 +48,15 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 def test_failing_children_cost_their_case_only() -> None:
     deadline = time.monotonic() + 200
+    told: list[str] = []
     rows = gpu_children.run_cases(
-        ["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=deadline
+        ["faulty"],
+        ["--device", "cpu"],
+        case_limit=1.0,
+        deadline=deadline,
+        tell=lambda row: told.append(row["name"]),
     )
+    assert told == [row["name"] for row in rows], "each is told of, so that none is lost"
     assert [row["name"] for row in rows] == ["raises", "crashes", "hangs", "works"]
     assert [row["ok"] for row in rows] == [False, False, False, True]
     assert "ZeroDivisionError" in rows[0]["error"]
@@ -64,6 +70,23 @@ def test_the_deadline_holds() -> None:
     rows = gpu_children.run_cases(["faulty"], ["--device", "cpu"], case_limit=1.0, deadline=start)
     assert time.monotonic() - start < 8
     assert rows == [{"name": "the rest", "left_out": "no time left, for this and the rest"}]
+
+
+def test_a_build_has_a_deadline_too(tmp_path: Path) -> None:
+    """And the compilers that it started end with it."""
+    alive = tmp_path / "alive"
+    code = f"import subprocess; subprocess.run(['sh', '-c', 'sleep 3; touch {alive}'])"
+    start = time.monotonic()
+    assert gpu_children.run_build([sys.executable, "-c", code], 0.5)[0] == 124
+    assert time.monotonic() - start < 3
+    time.sleep(3.2)
+    assert not alive.exists()
+    assert gpu_children.run_build([sys.executable, "-c", "print(7)"], 20) == (0, "7\n")
+
+
+def test_every_part_ends_before_the_next() -> None:
+    assert sorted(gpu_check.PARTS.values()) == list(gpu_check.PARTS.values())
+    assert max(gpu_check.PARTS.values()) < 1
 
 
 def test_without_a_gpu_it_says_so() -> None:
