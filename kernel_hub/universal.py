@@ -50,7 +50,12 @@ def schemas(binding: str) -> list[str]:
     return found
 
 
+def schema_lines(binding: str, names: tuple[str, ...] | None = None) -> str:
+    """Those of the ops called `names`, or of all, as items of a tuple in Python."""
+    found = [x for x in schemas(binding) if names is None or x.partition("(")[0] in names]
+    return "\n".join(f"    {schema!r}," for schema in found)
+
+
 def ops_py(unique_id: str, binding: str) -> str:
     """The variant's `_ops.py`."""
-    lines = "\n".join(f"    {schema!r}," for schema in schemas(binding))
-    return OPS_PY.format(id=unique_id, schemas=lines)
+    return OPS_PY.format(id=unique_id, schemas=schema_lines(binding))

@@ -55,16 +55,31 @@ def add_op_namespace_prefix(op_name: str) -> str:
     return f"{{_NAMESPACE}}::{{op_name}}"
 '''
 
-# Added for CUDA: the library has no backward, and Triton's reads the same skip bits.
-TRITON_BACKWARD_PY = """
+# Added for CUDA: what its kernels do not serve, Triton's do, and the backward of all. They are ops
+# of a namespace of their own.
+BESIDE_CUDA_PY = """
+KIND = "cuda"
+_SCHEMAS = (
+{schemas}
+)
+
 try:
     from . import triton_kernels
 except ImportError:  # without Triton there is only the forward
-    pass
+    triton_ops = None
 else:
-    if not hasattr(ops, "_library"):
-        ops._library = torch.library.Library(_NAMESPACE, "IMPL")
-        ops._library.impl("backward", triton_kernels.backward, "{device}")
+    triton_ops = getattr(torch.ops, _NAMESPACE + "_triton")
+    if not hasattr(triton_ops, "forward"):
+        _libraries = [
+            torch.library.Library(_NAMESPACE, "IMPL"),
+            torch.library.Library(_NAMESPACE + "_triton", "DEF"),
+        ]
+        for _schema in _SCHEMAS:
+            _libraries[1].define(_schema)
+        _libraries[1].impl("forward", triton_kernels.forward, "{device}")
+        for _library in _libraries:
+            _library.impl("backward", triton_kernels.backward, "{device}")
+        triton_ops._libraries = _libraries
 """
 
 COMPAT_PY = '''"""Generated: older versions of `kernels` look here; the module is one folder up."""
@@ -174,12 +189,14 @@ class Variant:
 
     def ops_py(self) -> str:
         """The generated `_ops.py`."""
-        if not self.is_universal:
-            device = {"emulated": "CPU", "cuda": "CUDA"}.get(self.kind)
-            more = TRITON_BACKWARD_PY.format(device=device) if device else ""
-            return OPS_PY.format(id=self.id) + more
         binding = (self.folder / "torch-ext/torch_binding.cpp").read_text()
-        return universal.ops_py(self.id, binding)
+        if self.is_universal:
+            return universal.ops_py(self.id, binding)
+        more = ""
+        if device := {"emulated": "CPU", "cuda": "CUDA"}.get(self.kind):
+            schemas = universal.schema_lines(binding, ("forward", "backward"))
+            more = BESIDE_CUDA_PY.format(device=device, schemas=schemas)
+        return OPS_PY.format(id=self.id) + more
 
 
 def write_files(variant: Variant, target: Path) -> None:

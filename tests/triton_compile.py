@@ -53,7 +53,7 @@ TYPES |= {"scale": "fp32", "softcap": "fp32"}
 def assembly(name: str, target: GPUTarget) -> str:
     """The kernel's assembly for `target`, at head size 128 in bfloat16."""
     kernels = sys.modules[triton_source.load().__name__]
-    module = sys.modules[f"{kernels.__name__}.{'prefill' if name == 'prefill' else 'decode'}"]
+    module = sys.modules[f"{kernels.__name__}.{name}"]
     kernel = getattr(module, f"{name}_kernel")
     constants: dict[str, Any] = {
         key: value for key, value in CONSTANTS[name].items() if key in kernel.arg_names

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import registration as registration  # the ops' shapes and gradients
 from ._ops import add_op_namespace_prefix as add_op_namespace_prefix
 from ._ops import ops
+from .choice import ops_for
 from .transformers_attention import flash_attn_forward, supports_flash_attn
 
 __all__ = [
@@ -64,6 +65,8 @@ def forward(
     group vote together, one position at a time, and NQ = Lq; otherwise `block_q` rows of one head
     vote together.
 
+    Where there is a GPU, the kernels in CUDA C++ compute it; what they do not take, Triton's do.
+
     Args:
         q: `[B, Hq, Lq, D]` float32, bfloat16 or float16; D up to 512.
         k: `[B, Hkv, Lk, D]`.
@@ -98,7 +101,7 @@ def forward(
         byte j // 8 for block j, or empty; dropped_mass: float32 `[B, Hq, Lq]`, a bound on the share
         of softmax mass dropped, or empty.
     """
-    return ops.forward(
+    return ops_for(q, k, v, scale, block_q, block_k).forward(
         q,
         k,
         v,

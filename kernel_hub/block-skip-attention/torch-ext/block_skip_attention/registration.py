@@ -1,12 +1,17 @@
 """The shapes that the ops return, for tracing, and their gradients; registered on import."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
+from .choice import triton_op_name, triton_ops
 
 _DECODE_MAX_QUERIES = 8
 
 
+# allow_override: the module may be imported twice, from two paths that hold the same build.
 @torch.library.register_fake(add_op_namespace_prefix("append_int8_keys"), allow_override=True)
 def _append_fake(_k, _position, _copy):
     return None
@@ -17,8 +22,6 @@ def _rotate_fake(_x, _cos, _sin, _norm, _eps):
     return None
 
 
-# allow_override: the module may be imported twice, from two paths that hold the same build.
-@torch.library.register_fake(add_op_namespace_prefix("forward"), allow_override=True)
 def _forward_fake(q, k, v, *args):
     # The schema's order; rules and masks do not change any shape.
     block_q, block_k, return_skips, return_dropped_mass = args[10], args[11], args[15], args[16]
@@ -56,7 +59,6 @@ def _observe_fake(q, k, v, *args):
     )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("backward"), allow_override=True)
 def _backward_fake(*args):
     q, k, v, sinks = (*args[2:5], args[10])
     gradients = [x.new_empty(x.shape) for x in (q, k, v)]
@@ -78,15 +80,6 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse, *_):
-    *tensors, sinks = ctx.saved_tensors
-    out = tensors[3]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = ops.backward(dout, dlse, *tensors, sinks, *ctx.options)
-    return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 15
-
-
 def _refuse_second_backward(ctx, *grads):
     raise NotImplementedError(
         "block-skipping attention: second derivatives (create_graph=True) are not implemented in "
@@ -94,9 +87,26 @@ def _refuse_second_backward(ctx, *grads):
     )
 
 
-if not hasattr(ops, "_is_differentiable"):  # the module may be imported twice
-    torch.library.register_autograd(
-        add_op_namespace_prefix("forward"), _backward, setup_context=_save_for_backward
-    )
-    torch.library.register_autograd(add_op_namespace_prefix("backward"), _refuse_second_backward)
+def _register(ops: Any, name_of: Callable[[str], str]) -> None:
+    """For the `forward` and the `backward` of `ops`, whose full names `name_of` gives."""
+    torch.library.register_fake(name_of("forward"), _forward_fake, allow_override=True)
+    torch.library.register_fake(name_of("backward"), _backward_fake, allow_override=True)
+    if hasattr(ops, "_is_differentiable"):  # the module may be imported twice
+        return
+
+    def backward(ctx, dout, dlse, *_):
+        *tensors, sinks = ctx.saved_tensors
+        out = tensors[3]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dsinks = ops.backward(dout, dlse, *tensors, sinks, *ctx.options)
+        return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 15
+
+    torch.library.register_autograd(name_of("forward"), backward, setup_context=_save_for_backward)
+    torch.library.register_autograd(name_of("backward"), _refuse_second_backward)
     ops._is_differentiable = True
+
+
+_register(ops, add_op_namespace_prefix)
+if triton_ops is not None:
+    _register(triton_ops, triton_op_name)

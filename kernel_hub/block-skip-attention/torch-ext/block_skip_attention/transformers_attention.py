@@ -8,7 +8,6 @@ do dropout and short inputs. Everything else (padded prefill, windows, more meth
 what the package hf-sparse-attention is for.
 """
 
-import logging
 import math
 import re
 
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._ops import ops
-
-logger = logging.getLogger(__name__)
+from .choice import ops_for, say_once
 
 #: transformers looks for this name beside `flash_attn_forward`.
 supports_flash_attn = True
@@ -32,7 +29,6 @@ MAX_DROPPED_MASS = 0.1
 _DECODE_MAX_QUERIES = 8
 # The geometry that config.json's thresholds are for; the table of others is the package's.
 _BLOCK_Q, _BLOCK_K, _SINK_DIAGONAL, _SPLIT_K = 64, 128, 1, 1024
-_said: set[str] = set()
 
 
 def flash_attn_forward(
@@ -89,7 +85,7 @@ def flash_attn_forward(
             )
     log_lambda, budget = _rule(module, query, key, key_valid)
     return_skips = torch.is_grad_enabled()  # the backward reads them
-    return ops.forward(
+    return ops_for(query, key, value, scale, _BLOCK_Q, _BLOCK_K).forward(
         query,
         key,
         value,
@@ -140,7 +136,7 @@ def _rule(
         return None, None
     log_factor = log_scale_factor(group, phase)
     if log_factor is None:
-        _say_once(
+        say_once(
             f"no thresholds for {phase} in the model's sparse_attention_config: every attention "
             f"row keeps all but {MAX_DROPPED_MASS / (1 + MAX_DROPPED_MASS):.0%} of its softmax mass"
         )
@@ -174,7 +170,7 @@ def is_left_out(group: dict, module: nn.Module) -> bool:
     ignored = group.get("ignore") or []
     numbers = [re.findall(r"(?:^|\.)(\d+)(?=\.|$)", pattern) for pattern in ignored]
     if not all(numbers):
-        _say_once(f"runs dense: expected layer numbers in the config's `ignore`, got {ignored}")
+        say_once(f"runs dense: expected layer numbers in the config's `ignore`, got {ignored}")
     layer = str(getattr(module, "layer_idx", None))
     return any(not each or layer in each for each in numbers)
 
@@ -186,9 +182,3 @@ def log_scale_factor(group: dict, phase: str) -> float | None:
         return None
     target = (group.get("target_sparsity") or {}).get(phase, 0.0)
     return math.log(fit["a"]) + fit.get("b", 0.0) * target
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning("block-skip-attention: %s", message)

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .decode import decode_kernel, join_kernel
+from .decode import decode_kernel
+from .join import join_kernel
 from .prefill import prefill_kernel
 from .requests import DECODE_MAX_QUERIES, requests, strides
 from .rules import INTERPRETED

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .backward import dkv_kernel, dq_kernel
+from .backward_kv import dkv_kernel
+from .backward_q import dq_kernel
 from .requests import DECODE_MAX_QUERIES, requests, strides
 from .start import start
 
