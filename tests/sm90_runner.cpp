@@ -93,6 +93,8 @@ extern "C" const char* decode(const Params* p, const sm90::Rings* rings) {
       run_decode<BFloat16, 128, 128, 64>(*p, rings);
     else if (bfloat16 && p->D <= 192 && p->Dv <= 128 && p->block_k == 64)
       run_decode<BFloat16, 192, 128, 64>(*p, rings);
+    else if (bfloat16 && p->D <= 192 && p->Dv <= 128)
+      run_decode<BFloat16, 192, 128, 128>(*p, rings);
     else if (bfloat16 && p->block_k == 64)
       run_decode<BFloat16, 256, 256, 64>(*p, rings);
     else

@@ -107,7 +107,18 @@ def test_what_it_cannot_serve_has_a_reason() -> None:
     assert cuda.supports(call, rule, SQUARE) is None
     for reason, other in refused.items():
         assert reason in (cuda.supports(other, rule, SQUARE) or ""), reason
-    assert "up to 128" in (cuda.supports(made(head_size=192), rule, WIDE) or "")
+    assert "up to 192, and 128 of v" in (cuda.supports(made(head_size=192), rule, WIDE) or "")
+
+
+def test_blocks_of_128_keys_at_192_dimensions_need_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which an RTX 4090 has not got: 99 KiB."""
+    call = made(head_size=192, v_size=128)
+    assert cuda.supports(call, RULES["blasst"], WIDE) is None
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda _: 99 << 10)
+    assert "this GPU has 101376" in (cuda.supports(call, RULES["blasst"], WIDE) or "")
+    assert cuda.supports(call, RULES["blasst"], SQUARE) is None
 
 
 def test_without_a_gpu_or_a_build_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_nothing_spills(library: Path, architecture: str) -> None:
     """
     text = cuobjdump("-res-usage", "-arch", architecture, str(library))
     used = re.findall(r"Function (\S+):\n.*? REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    assert len(used) >= 36 + 5  # by head sizes, dtype, block_k and skipping; and the shared ones
+    assert len(used) >= 42 + 5  # by head sizes, dtype, block_k and skipping; and the shared ones
     for name, registers, stack, local in used:
         few = architecture == "sm_90" or "ELi256ELi256ELi64ELb1E" in name
         assert int(stack) + int(local) <= (24 if few else 0), name

@@ -32,6 +32,7 @@ DECODES = {
     "decode 64": ("Float16, 64, 64, 64", 8, 8, 1),
     "decode wide": ("BFloat16, 128, 128, 128", 32, 32, 2),
     "decode latent": ("BFloat16, 192, 128, 64", 24, 16, 3),
+    "decode latent wide": ("BFloat16, 192, 128, 128", 48, 32, 3),
     "decode 256": ("Float16, 256, 256, 64", 32, 32, 4),
 }
 SKIPPING = [name for name in VERSIONS if name != "dense"]

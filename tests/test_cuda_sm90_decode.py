@@ -26,6 +26,7 @@ RINGS = {
     "ahead": Rings(2, 1, 0.0),
     "deep": Rings(3, 2, 1.0),
     "deep, ahead": Rings(3, 2, 0.0),
+    "wide": Rings(1, 1, 1.0),
 }
 
 
@@ -95,7 +96,8 @@ def test_orders(order: Any) -> None:
         checked(made("local"), RULES[rule], geometry)
 
 
-SIZES = [((64, 64), 128), ((40, 24), 64), ((128, 128), 64), ((192, 128), 64), ((256, 256), 64)]
+SIZES = [((64, 64), 128), ((40, 24), 64), ((128, 128), 64), ((256, 256), 64)]
+SIZES += [((192, 128), 64), ((192, 128), 128)]
 
 
 @pytest.mark.parametrize(("sizes", "block_k"), SIZES, ids=str)

@@ -20,7 +20,8 @@ GEOMETRIES: tuple[str, ...] | None = ("64x64", "64x128")
 PREFERRED = ("64x64", "64x128")  # smaller blocks: more of them can be skipped
 
 MAX_HEAD_SIZE = 256
-MAX_HEAD_SIZE_WIDE = 128  # with blocks of 128 keys
+MAX_HEAD_SIZES_WIDE = (192, 128)  # of k and v with blocks of 128 keys
+_SHARED_BYTES_WIDE = 131584  # what head sizes above 128 then take of a GPU's shared memory
 MAX_GROUP = 16  # decode: the heads of a group are the rows of one tensor-core product
 # There are up to 65535 thread blocks along the second and third dimension of a launch.
 _MAX_BATCH, _MAX_HEADS = 65535, 8191
@@ -66,6 +67,16 @@ def _is_old(index: int | None) -> bool:
     return not is_emulated() and torch.cuda.get_device_capability(index) < _OLDEST
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _shared_bytes(index: int | None) -> int:
+    """The shared memory that a thread block may have on GPU `index`, or the current one."""
+    if is_emulated():
+        return 163 << 10
+    properties = torch.cuda.get_device_properties(index)
+    least = 99 << 10  # of all GPUs that these kernels run on
+    return int(getattr(properties, "shared_memory_per_block_optin", least))
+
+
 def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> str | None:
     """Why this call cannot be served, or None."""
     device = call.q.device
@@ -87,8 +98,17 @@ def _unserved_shape(call: AttentionCall, geometry: BlockGeometry) -> str | None:
     sizes = (call.q.shape[-1], call.v.shape[-1])
     if any(size % 8 for size in sizes):
         return f"head sizes are compiled as multiples of 8, not {sizes[0]} and {sizes[1]}"
-    if geometry.block_k == 128 and max(sizes) > MAX_HEAD_SIZE_WIDE:
-        return f"with blocks of 128 keys, head sizes are compiled up to {MAX_HEAD_SIZE_WIDE}"
+    if geometry.block_k == 128 and (
+        sizes[0] > MAX_HEAD_SIZES_WIDE[0] or sizes[1] > MAX_HEAD_SIZES_WIDE[1]
+    ):
+        return "with blocks of 128 keys, head sizes are compiled up to 192, and 128 of v"
+    if geometry.block_k == 128 and sizes[0] > 128:
+        there = _shared_bytes(call.q.device.index)
+        if there < _SHARED_BYTES_WIDE:
+            return (
+                f"with blocks of 128 keys, head sizes above 128 take {_SHARED_BYTES_WIDE} bytes of "
+                f"shared memory, and this GPU has {there}"
+            )
     if call.phase == "decode" and call.group > MAX_GROUP:
         return f"decode takes up to {MAX_GROUP} query heads to a key/value head, not {call.group}"
     if call.q.shape[0] > _MAX_BATCH or call.q.shape[1] > _MAX_HEADS:

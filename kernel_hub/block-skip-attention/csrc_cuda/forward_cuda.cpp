@@ -65,7 +65,7 @@ void check_limits(const Params& p, const bsa::cuda::Device& device) {
   STD_TORCH_CHECK(device.capability >= 80,
                   "block_skip_attention (CUDA): expected compute capability 8.0 or newer, got ",
                   device.capability / 10, ".", device.capability % 10);
-  const char* reason = bsa::cuda::refusal_sm80(p);
+  const char* reason = bsa::cuda::refusal_sm80(p, device);
   STD_TORCH_CHECK(!reason, "block_skip_attention (CUDA): ", reason, ", got head sizes ", p.D,
                   " and ", p.Dv, ", blocks of ", p.block_q, "x", p.block_k, ", ", p.Hq,
                   " heads on ", p.Hkv);

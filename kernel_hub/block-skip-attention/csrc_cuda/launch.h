@@ -20,8 +20,8 @@ void make_requests(const Params& p, const int64_t* q_offset, bool one_offset, Re
 // Fills `found` [B, Lq], see Params::splits_seen.
 void count_splits(const Params& p, int32_t* found, Stream stream);
 
-// Why the kernels of sm_80 do not serve a call of this shape, or null.
-const char* refusal_sm80(const Params& p);
+// Why the kernels of sm_80 do not serve a call of this shape on this device, or null.
+const char* refusal_sm80(const Params& p, const Device& device);
 void prefill_sm80(const Params& p, Stream stream);
 void decode_sm80(const Params& p, Stream stream);  // fills partial_out and partial_sums
 void join_splits(const Params& p, Stream stream);

@@ -22,7 +22,7 @@ void with_kind(const Params& p, Run run) {
     else
       run(Float16(), block_k);
   };
-  if constexpr (kHead <= 128)
+  if constexpr (kHead <= 192)
     if (p.block_k == 128) return with_type(std::integral_constant<int, 128>());
   with_type(std::integral_constant<int, 64>());
 }

@@ -11,6 +11,9 @@ extern template struct Launch<256, 256>;
 
 namespace {
 
+// What decode takes with blocks of 128 keys at head sizes 192 and 128; prefill takes less.
+constexpr int kSharedBytesOfWide = Decode<BFloat16, 192, 128, 128>::kSharedBytes;
+
 // Calls `run` with the smallest pair of head sizes that p fits into.
 template <class Run>
 void with_sizes(const Params& p, Run run) {
@@ -22,12 +25,14 @@ void with_sizes(const Params& p, Run run) {
 
 }  // namespace
 
-const char* refusal_sm80(const Params& p) {
+const char* refusal_sm80(const Params& p, const Device& device) {
   if (p.D > 256 || p.Dv > 256) return "expected head sizes up to 256";
   if (p.D % 8 || p.Dv % 8) return "expected head sizes that are multiples of 8";
   if (p.block_k != 64 && p.block_k != 128) return "block_k: expected 64 or 128";
-  if (p.block_k == 128 && (p.D > 128 || p.Dv > 128))
-    return "block_k: expected 64 at head sizes above 128";
+  if (p.block_k == 128 && (p.D > 192 || p.Dv > 128))
+    return "block_k: expected 64 at head sizes above 192, and 128 of V";
+  if (p.block_k == 128 && p.D > 128 && device.shared_bytes < kSharedBytesOfWide)
+    return "block_k: expected 64 at head sizes above 128 on this GPU, for want of shared memory";
   if (p.decode() && p.group > kMaxGroup)
     return "decode: expected at most 16 query heads to a key/value head";
   if (!p.decode() && p.block_q != 64) return "block_q: expected 64";

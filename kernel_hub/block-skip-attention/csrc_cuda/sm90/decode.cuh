@@ -65,10 +65,12 @@ struct Decode {
   static constexpr bool fit(int thread_blocks, int key_bits, int value_bits) {
     return bytes(key_bits, value_bits) <= kMultiprocessorShared / thread_blocks - 1024;
   }
-  // Side by side on a multiprocessor: two or three if there is room for as many.
-  static constexpr int kKeyBits = 2, kValueBits = fit(3, 2, 2) ? 2 : 1;
+  // Side by side on a multiprocessor: two or three if there is room for as many. Four blocks of K,
+  // or two where those are of 48 KB.
+  static constexpr int kKeyBits = fit(1, 2, 1) ? 2 : 1, kValueBits = fit(3, 2, 2) ? 2 : 1;
   // Alone on it.
-  static constexpr int kDeepKeyBits = fit(1, 3, 2) ? 3 : 2, kDeepValueBits = fit(1, 2, 2) ? 2 : 1;
+  static constexpr int kDeepKeyBits = fit(1, 3, 2) ? 3 : kKeyBits;
+  static constexpr int kDeepValueBits = fit(1, kDeepKeyBits, 2) ? 2 : 1;
   static_assert(fit(1, kKeyBits, kValueBits) && fit(1, kDeepKeyBits, kDeepValueBits));
   // At the end the warps' shares of the output meet where K and V were.
   static_assert(kWarps * kMaxGroup * kValue * 4 <= bytes(kKeyBits, kValueBits) - 1024 - kTable);

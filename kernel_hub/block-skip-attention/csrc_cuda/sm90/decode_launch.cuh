@@ -39,7 +39,7 @@ void choose_decode(const Params& p, void* stream, float expected_sparsity, int p
   const bool wide = p.block_k == 128;
   if (p.D <= 64 && p.Dv <= 64) return wide ? run(k64, k64, k128) : run(k64, k64, k64);
   if (p.D <= 128 && p.Dv <= 128) return wide ? run(k128, k128, k128) : run(k128, k128, k64);
-  if (p.D <= 192 && p.Dv <= 128) return run(k192, k128, k64);
+  if (p.D <= 192 && p.Dv <= 128) return wide ? run(k192, k128, k128) : run(k192, k128, k64);
   run(k256, k256, k64);
 }
 

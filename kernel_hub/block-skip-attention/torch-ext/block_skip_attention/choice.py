@@ -19,6 +19,7 @@ triton_ops: Any = getattr(_ops, "triton_ops", None)
 
 _DECODE_MAX_QUERIES = 8
 _MAX_GROUP = 16  # decode in CUDA: the heads of a group are the rows of one product
+_SHARED_BYTES_WIDE = 131584  # what blocks of 128 keys take at head sizes above 128
 _said: set[str] = set()
 
 
@@ -64,12 +65,23 @@ def _not_in_cuda(
     if block_k not in (64, 128) or (not decode and block_q != 64):
         return f"blocks of {block_q}x{block_k}"
     if block_k == 128 and max(sizes) > 128:
-        return f"blocks of 128 keys at head sizes {sizes[0]} and {sizes[1]}"
+        compiled = sizes[0] <= 192 and sizes[1] <= 128
+        if not compiled or _shared_bytes(q.device) < _SHARED_BYTES_WIDE:
+            return f"blocks of 128 keys at head sizes {sizes[0]} and {sizes[1]}"
     if decode and group > _MAX_GROUP:
         return f"{group} query heads to a key/value head in decode"
     if scale <= 0:
         return f"a scale of {scale}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _shared_bytes(device: torch.device) -> int:
+    """The shared memory that a thread block may have; emulated, that of an A100."""
+    if device.type != "cuda":
+        return 163 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 99 << 10)
 
 
 @torch.compiler.assume_constant_result
