@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_sparse_attention.growing_cache import GrowingCache
     from hf_sparse_attention.int8_keys import Int8Keys
     from hf_sparse_attention.key_cache import Int8KeyCache
+    from hf_sparse_attention.optimization import optimize_for_cpu
     from hf_sparse_attention.stats import collect_stats
     from hf_sparse_attention.training import SparseAttentionCallback
     from hf_sparse_attention.types import BlockGeometry, SkipRule
@@ -44,6 +45,7 @@ _HOMES = {
     "collect_stats": "stats",
     "fuse_attention": "fusion",
     "load_thresholds": "control",
+    "optimize_for_cpu": "optimization",
     "set_sparse_attention": "control",
     "unfuse_attention": "fusion",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "collect_stats",
     "fuse_attention",
     "load_thresholds",
+    "optimize_for_cpu",
     "set_sparse_attention",
     "unfuse_attention",
 ]

@@ -76,6 +76,11 @@ def unfuse_attention(model: nn.Module) -> None:
             delattr(module, _ATTRIBUTE)
 
 
+def fused_modules(model: nn.Module) -> list[str]:
+    """The names of the attention modules that `fuse_attention` has made run fused."""
+    return [name for name, x in model.named_modules() if isinstance(x, _FusedAttention)]
+
+
 class _FusedAttention(nn.Module):
     """What stands before a module's own class."""
 
