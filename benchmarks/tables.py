@@ -7,6 +7,7 @@ import statistics
 from benchmarks import goals
 from benchmarks.table_format import HERE, load, machine_line, table
 from benchmarks.tables_training import calibration_cost, training
+from benchmarks.tables_whole_graph import whole_graph
 
 PAGE = HERE.parent / "docs" / "results.md"
 HEAD = """# Results
@@ -285,6 +286,7 @@ def main() -> None:
     parts = [
         reached(),
         end_to_end(),
+        whole_graph(),
         model_attention(),
         attention(),
         decode_reading(),
