@@ -47,8 +47,9 @@ def _model(key: str, result: dict[str, Any], images: Path) -> Iterator[str]:
     yield (
         f"{result['model']['dtype']}; tasks: {', '.join(about['tasks'])}. Samples of each task: "
         f"{samples} tokens; seed {about['seed']}; blocks of {about['geometry']}. "
-        f"{machine['device']}, {machine['threads']} thread(s); torch {machine['torch']}, transformers "
-        f"{machine['transformers']}; {result['seconds'] / 60:.0f} minutes on the tasks.\n"
+        f"{machine['device']}, {machine['threads']} thread(s); torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; {result['seconds'] / 60:.0f} minutes on the "
+        "tasks.\n"
     )
     yield markdown.LEGEND + "\n"
     for length in about["lengths"]:
