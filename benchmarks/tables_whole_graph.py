@@ -7,8 +7,11 @@ from typing import Any
 from benchmarks.table_format import load, machine_line, table
 
 INTRO = """\
-Each contestant in a process of its own, in turns; ratios are over transformers' eager sdpa in the
-same round, larger is faster. `skipping` runs BLASST on single keys at lambda 0.01 in prefill; the
+Each contestant in a process of its own; ratios are over transformers' eager sdpa, larger is faster.
+One round in two sittings, so take differences of a tenth for noise: `optimize_for_cpu fp32`,
+`torch.compile` and OpenVINO in float32 ran in the second. optimize_for_cpu had its default
+`prompt_length` of 1024: in float32 that left our attention out, which would have paid at this
+length. `skipping` runs BLASST on single keys at lambda 0.01 in prefill; the
 others of ours are not calibrated. OpenVINO and ONNX Runtime run exports of the same checkpoint, by
 openvino-genai and onnxruntime-genai. `torch.compile` is eager sdpa compiled with `dynamic=True`;
 compiling is not in its times. The perplexity is that of the prompt, over sdpa's in float32."""
