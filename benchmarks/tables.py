@@ -6,6 +6,7 @@ import statistics
 
 from benchmarks import goals
 from benchmarks.table_format import HERE, load, machine_line, table
+from benchmarks.tables_subgraph import subgraph
 from benchmarks.tables_training import calibration_cost, training
 from benchmarks.tables_whole_graph import whole_graph
 
@@ -287,6 +288,7 @@ def main() -> None:
         reached(),
         end_to_end(),
         whole_graph(),
+        subgraph(),
         model_attention(),
         attention(),
         decode_reading(),
