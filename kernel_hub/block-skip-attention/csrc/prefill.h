@@ -48,6 +48,10 @@ struct Prefill {
     k = row_of<T>(p.k, b, h / p.G, rq.first);
     kept.v = row_of<T>(p.v, b, h / p.G, rq.first);
     layout(scratch);
+    // Rows of other positions lie far apart; asked for together, their waits overlap.
+    for (int64_t r = 0; r < row.rows; ++r) fetch_row(q + r * p.q.row, p.D);
+    for (int64_t c = row.key_lo; c < row.key_hi && c < row.key_lo + kLanes; ++c)
+      fetch_row(k + c * p.k.row, p.D);
     const float q_max = E::pack_q(q, p.q.row, row.rows, p.D, qt);
     kept.start();
     const bool finite = p.any_rule && products_are_finite(q_max);
