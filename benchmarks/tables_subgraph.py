@@ -34,6 +34,11 @@ def subgraph() -> list[str]:
     if not data:
         return []
     lines = ["", "## A layer's attention, projections included", "", INTRO, "", machine_line(data)]
+    parts = ("prefill", "decode", "pieces", "pattern")
+    builds = {c["kernel"][-12:]: c["time"] for part in parts for c in data.get(part, [])}
+    if len(builds) > 1:
+        told = " and ".join(f"{name} ({time})" for name, time in builds.items())
+        lines += ["", f"Cases of several builds of the kernel: {told}."]
     lines += _versus(data, "prefill", "sdpa", "### Prefill over sdpa", GOALS)
     lines += _versus(data, "prefill", "sdpa compiled", "### Prefill over sdpa compiled", "")
     lines += _versus(data, "decode", "sdpa, dynamic", "### Decode over sdpa, dynamic", DECODE)
