@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cpu_kernel")
 ROOT = Path(__file__).parents[1]
 BUILDER = ROOT / "kernel_hub" / "build.py"
 REPO = ROOT / "kernel_hub" / "block-skip-attention"
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 
 
 def variant() -> Path:
@@ -118,7 +118,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 def test_get_local_kernel_loads_it() -> None:
     for path in (REPO, REPO / "build", variant()):
         module = kernels.get_local_kernel(path, backend="cpu")
-        assert module.cpu_level() in ("portable", "avx2", "avx512", "avx512_bf16")
+        assert module.cpu_level() in LEVELS
     x = torch.randn(1, 1, 9, 8)
     assert module.forward(x, x, x, scale=1.0)[0].shape == (1, 9, 1, 8)
 

@@ -20,7 +20,7 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeome
 pytestmark = pytest.mark.usefixtures("cpu_kernel")
 
 LEVEL = "HF_SPARSE_ATTENTION_CPU_LEVEL"
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 SHAPES = [(1, 4, 2, 200, 260, 40), (1, 4, 2, 3, 1300, 40)]
 
 
@@ -40,6 +40,15 @@ def assert_same(a: AttentionResult, b: AttentionResult) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(a.counts, b.counts)
     assert torch.equal(a.skips, b.skips)
+
+
+def force(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the kernel run at `level`; skips the test on a machine without it."""
+    monkeypatch.setenv(LEVEL, level)
+    try:
+        cpu.load_kernel().cpu_level()
+    except RuntimeError:
+        pytest.skip(f"this machine has no {level}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cpu_kernel")
 LENGTH = 1152
 GEOMETRIES = [BlockGeometry.from_name(name) for name in ("64x64", "64x128", "64x1")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 
 
 @pytest.fixture(params=LEVELS)

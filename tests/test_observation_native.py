@@ -17,7 +17,7 @@ import pytest
 import torch
 from kernel_checks import EXP_ERROR, U
 from test_cpu_kernel import DTYPES
-from test_cpu_kernel_robust import LEVEL, LEVELS, threads
+from test_cpu_kernel_robust import LEVELS, force, threads
 
 from hf_sparse_attention.backends import cpu, reference
 from hf_sparse_attention.calibration import observation_native, observation_reference, tallies
@@ -171,7 +171,7 @@ def whole_numbers(length: int, heads: tuple[int, int], **options) -> AttentionCa
 def test_counts_are_equal_where_arithmetic_is_exact(
     monkeypatch, level: str, length: int, split_k: int, options: dict[str, int]
 ) -> None:
-    monkeypatch.setenv(LEVEL, level)
+    force(level, monkeypatch)
     # float32's ln 2 times its log2 e is 1, as the kernel's unit must be.
     assert (torch.tensor(math.log(2)) * torch.tensor(math.log2(math.e))).item() == 1.0
     eps = [math.sqrt(0.8) * x for x in tallies.BUDGET_GRID]  # irrational: without ties
@@ -203,7 +203,7 @@ def test_thread_counts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_levels(monkeypatch, level: str) -> None:
-    monkeypatch.setenv(LEVEL, level)
+    force(level, monkeypatch)
     for dtype in DTYPES:
         check(make_call(150, sizes=(33, 20), kind="needle", dtype=dtype, softcap=20.0))
         check(make_call(150, sizes=(64, 64), dtype=dtype, window=100))

@@ -5,12 +5,44 @@
 #include <cstring>
 
 #include "problem.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "amx_support.h"
+#endif
 
 namespace bsa {
 
-const Level* choose_level(const char** wanted) {
+#if defined(__x86_64__)
+namespace {
+
+// Of the processor and the operating system together; asked of Linux only where both have it.
+const char* amx_refusal_here(bool has_avx512) {
+  AmxFacts facts;
+  uint32_t unused, other;
+  __get_cpuid_count(7, 0, &unused, &unused, &unused, &facts.features);
+  __get_cpuid_count(0x1d, 1, &unused, &facts.rows_bytes, &facts.rows, &other);
+  if (has_avx512) {  // hence the instruction that reads XCR0
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    facts.saved = low | uint64_t(high) << 32;
+  }
+  facts.ask = [] {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  };
+  return amx_refusal(facts);
+}
+
+}  // namespace
+#endif
+
+const Level* choose_level(const char** wanted, const char** refusal) {
   const char* const name = std::getenv("HF_SPARSE_ATTENTION_CPU_LEVEL");
   *wanted = name ? name : "";
+  *refusal = nullptr;
 #if defined(__x86_64__)
   // Also asks the operating system whether it saves the wide registers.
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -21,10 +53,17 @@ const Level* choose_level(const char** wanted) {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
   static const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  static const char* const no_amx = amx_refusal_here(avx512);
+  static const Level amx = with_amx(kAvx512Bf16);
+  if (std::strcmp(*wanted, amx.name) == 0) *refusal = no_amx;
   const struct {
     const Level* level;
     bool here;
-  } known[] = {{&kAvx512Bf16, bf16}, {&kAvx512, avx512}, {&kAvx2, avx2}, {&kPortable, true}};
+  } known[] = {{&amx, bf16 && !no_amx},
+               {&kAvx512Bf16, bf16},
+               {&kAvx512, avx512},
+               {&kAvx2, avx2},
+               {&kPortable, true}};
 #else
   const struct {
     const Level* level;

@@ -104,6 +104,12 @@ BSA_INLINE void widen(const T* p, int64_t n, float* y) {
 template <class T>
 BSA_INLINE void narrow(const float* x, int64_t n, T* y) {
   int64_t i = 0;
+#if BSA_ISA >= 3
+  if constexpr (__is_same(T, bf16)) {
+    for (; i + W <= n; i += W)
+      _mm256_storeu_si256((__m256i*)(y + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  }
+#endif
 #if BSA_ISA >= 1
   if constexpr (__is_same(T, f16)) {
     for (; i + 8 <= n; i += 8)
@@ -114,23 +120,25 @@ BSA_INLINE void narrow(const float* x, int64_t n, T* y) {
   for (; i < n; ++i) from_float(x[i], y + i);
 }
 
-// The largest |x| among n elements, infinity if one of them is not finite.
-template <class T>
-BSA_INLINE float max_abs(const T* p, int64_t n, float so_far) {
-  // As integers: there the order of magnitudes is the same and NaN is the largest.
-  int32_t top = int32_t(as_bits(so_far));
-  vi tops = top - vi{};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const vi a = (vi)load_floats(p + i) & 0x7fffffff;
-    tops = a > tops ? a : tops;
-  }
-  for (; i < n; ++i) {
-    const int32_t a = int32_t(as_bits(to_float(p[i])) & 0x7fffffff);
-    top = a > top ? a : top;
-  }
+// The larger magnitude, lane by lane. As integers: there the order of magnitudes is the same, and
+// NaN is the largest.
+BSA_INLINE vi largest(vi a, vi b) { return a > b ? a : b; }
+
+// The largest of W magnitudes, infinity if one of them is not finite.
+BSA_INLINE float magnitude(vi tops) {
+  int32_t top = 0;
   for (int j = 0; j < W; ++j) top = tops[j] > top ? tops[j] : top;
   return top >= 0x7f800000 ? kInf : as_float(uint32_t(top));
+}
+
+// The largest |x| among n elements and `so_far`, infinity if one of them is not finite.
+template <class T>
+BSA_INLINE float max_abs(const T* p, int64_t n, float so_far) {
+  vi tops = int32_t(as_bits(so_far)) - vi{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) tops = largest(tops, (vi)load_floats(p + i) & 0x7fffffff);
+  for (; i < n; ++i) tops = largest(tops, int32_t(as_bits(to_float(p[i])) & 0x7fffffff) - vi{});
+  return magnitude(tops);
 }
 
 template <class T>

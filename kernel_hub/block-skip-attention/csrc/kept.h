@@ -46,7 +46,8 @@ struct Kept {
   // The n keys from `a` on; those that are not valid are left out.
   void hold(const float* block, int64_t a, int64_t n) {
     if (!rq.valid && block == next()) {
-      for (int64_t x = 0; x < n; ++x) keys[held + x] = a + x;
+      int64_t* const to = keys + held;
+      for (int64_t x = 0; x < n; ++x) to[x] = a + x;
       held += n;
       return;
     }
@@ -76,11 +77,31 @@ struct Kept {
     held = 0;
   }
 
-  // Writes row r of the output, scaled by `factor`, to `out`; zeros if it saw nothing.
-  void write(int64_t r, bool saw, float factor, T* out) {
-    const float* o = ot + (r / kGroupLanes) * p.Dv * kGroupLanes + r % kGroupLanes;
-    for (int64_t d = 0; d < p.Dv; ++d) wide[d] = saw ? o[d * kGroupLanes] * factor : 0.0f;
-    narrow(wide, p.Dv, out);
+  // Writes `rows` rows of the output, each times its factor, to `out`; zeros where that is
+  // negative.
+  void write(int64_t rows, const float* factor, T* out, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += W) {
+      const float* o = ot + (r / kGroupLanes) * p.Dv * kGroupLanes + r % kGroupLanes;
+      const vf scale = load(factor + r);
+      float* const row = wide + r * p.Dv;
+      for (int64_t d = 0; d < p.Dv; d += W) {
+        vi x[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          x[i] = d + i < p.Dv ? (vi)(scale < 0.0f ? vf{} : load(o + (d + i) * kGroupLanes) * scale)
+                              : vi{};
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          float* const to = row + i * p.Dv + d;
+          if (d + W <= p.Dv)
+            store(to, (vf)x[i]);
+          else
+            memcpy(to, &x[i], (p.Dv - d) * 4);
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) narrow(wide + r * p.Dv, p.Dv, out + r * stride);
   }
 
  private:

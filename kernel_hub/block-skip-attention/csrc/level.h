@@ -71,7 +71,7 @@ static void observe_bf16(const Problem& p, const Observe& o, int64_t kv_head, in
   const Level symbol = {                                                    \
       label,                                                                \
       BSA_EACH(max_abs_of_head),                                            \
-      BSA_ISA >= 3,                                                         \
+      {BSA_ISA >= 3, BSA_ISA >= 3, BSA_ISA >= 3},                           \
       {BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<float>>, BSA_PREFILL_BF16, \
        BSA_LEVEL::prefill<BSA_LEVEL::FloatEngine<BSA_LEVEL::f16>>},         \
       BSA_EACH(append_keys),                                                \

@@ -188,16 +188,17 @@ class ObserveHead {
   void finish(float* last_mass) {
     const float* sink = p_.sinks ? p_.sinks + row_.h : nullptr;
     T* const out = static_cast<T*>(p_.out) + (row_.row0 * p_.Hq + row_.h) * p_.Dv;
-    alignas(64) float log_mass[kLanes], worth[kLanes];
+    alignas(64) float log_mass[kLanes], worth[kLanes], factor[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
       log_mass[r] = kInf, worth[r] = 0;
       if (r >= row_.rows) continue;
       const float at = kept_.at[r] * units_.unit;
       const RowEnd end = end_row(at, kept_.l[r], -kInf, true, sink);
-      kept_.write(r, true, end.factor, out + r * p_.Hq * p_.Dv);
+      factor[r] = end.factor;
       log_mass[r] = end.lse / kLn2;
       worth[r] = __builtin_exp2f(at - log_mass[r]) / float(row_.rows);
     }
+    kept_.write(row_.rows, factor, out, p_.Hq * p_.Dv);
     *last_mass = log_mass[row_.rows - 1];
     const float natural = units_.unit * kLn2;
     if (single_) {  // first, as the others need the room

@@ -12,6 +12,9 @@
 
 namespace bsa::BSA_LEVEL {
 
+// Scratch that AMX tiles may read and write: 16 rows at a time.
+constexpr int64_t in_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
+
 template <class E>
 struct Prefill {
   using T = typename E::Element;
@@ -83,10 +86,10 @@ struct Prefill {
     };
     const int64_t step = p.block_k > kLanes ? p.block_k : kLanes;
     qt = take(kLanes * p.D * 4);
-    kept.ot = reinterpret_cast<float*>(take(kLanes * p.Dv * 4));
+    kept.ot = reinterpret_cast<float*>(take(kLanes * in_tiles(p.Dv) * 4));
     kept.s = reinterpret_cast<float*>(take((kLanes + step) * kLanes * 4));
     kept.packed = take(kLanes * kLanes * 2);
-    kept.wide = reinterpret_cast<float*>(take(kLanes * (p.D > p.Dv ? p.D : p.Dv) * 4));
+    kept.wide = reinterpret_cast<float*>(take(kLanes * in_tiles(p.D > p.Dv ? p.D : p.Dv) * 4));
     kept.keys = reinterpret_cast<int64_t*>(take((kLanes + step) * 8));
     int8_q = take(Filter<T>::bytes(p));
     few = reinterpret_cast<T*>(take(kLanes * p.D * 4));
@@ -282,6 +285,7 @@ struct Prefill {
     const float* sink = p.sinks ? p.sinks + row.h : nullptr;
     float* const lse = p.lse + (row.b * p.Hq + row.h) * p.Lq + row.row0;
     T* const out = static_cast<T*>(p.out) + ((row.b * p.Lq + row.row0) * p.Hq + row.h) * p.Dv;
+    alignas(64) float factor[kLanes];
     for (int64_t r = 0; r < row.rows; ++r) {
       const bool sees = row.sees(r);
       const float log_c = vote.track && vote.c[r] > 0
@@ -290,8 +294,9 @@ struct Prefill {
       const RowEnd end = end_row(kept.at[r] * units.unit, kept.l[r], log_c, sees, sink);
       lse[r] = end.lse;
       if (p.dropped) p.dropped[lse + r - p.lse] = end.dropped;
-      kept.write(r, sees, end.factor, out + r * p.Hq * p.Dv);
+      factor[r] = sees ? end.factor : -1.0f;
     }
+    kept.write(row.rows, factor, out, p.Hq * p.Dv);
     if (!row.counted) return;
     int64_t* const counts = p.counts + (row.b * p.Hq + row.h) * 2;
     __atomic_fetch_add(counts, visited, __ATOMIC_RELAXED);

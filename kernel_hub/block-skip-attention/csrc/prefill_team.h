@@ -14,8 +14,8 @@ namespace bsa::BSA_LEVEL {
 inline size_t prefill_bytes(const Problem& p) {
   auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t widest = p.D > p.Dv ? p.D : p.Dv, step = p.block_k > kLanes ? p.block_k : kLanes;
-  return round(kLanes * p.D * 4) + round(kLanes * p.Dv * 4) + round((kLanes + step) * kLanes * 4) +
-         round(kLanes * kLanes * 2) + round(kLanes * widest * 4) + round((kLanes + step) * 8) +
+  return round(kLanes * p.D * 4) + kLanes * in_tiles(p.Dv) * 4 + (kLanes + step) * kLanes * 4 +
+         kLanes * kLanes * 2 + kLanes * in_tiles(widest) * 4 + round((kLanes + step) * 8) +
          round(Filter<float>::bytes(p)) + round(kLanes * p.D * 4);
 }
 

@@ -170,7 +170,7 @@ struct Observe;   // observe.h
 struct Level {
   const char* name;
   float (*max_abs[3])(const Problem&, int64_t b, int64_t kv_head);
-  bool filters;  // whether prefill has its int8 filter
+  bool filters[3];  // whether prefill has its int8 filter
   void (*prefill[3])(const Problem&, int64_t b, int64_t kv_head, int64_t t0, int64_t t1,
                      char* scratch);
   void (*append_keys[3])(const NewKeys&, int64_t bh);
@@ -192,10 +192,13 @@ struct Level {
 extern const Level kPortable;
 #if defined(__x86_64__)
 extern const Level kAvx2, kAvx512, kAvx512Bf16;
+// Prefill in bfloat16 on AMX tiles, the one function in which the level avx512_amx differs.
+void prefill_amx(const Problem&, int64_t b, int64_t kv_head, int64_t t0, int64_t t1, char* scratch);
 #endif
 
-// The best level that this machine and HF_SPARSE_ATTENTION_CPU_LEVEL allow; null if the variable
-// names none.
-const Level* choose_level(const char** wanted);
+// The best level that this machine and HF_SPARSE_ATTENTION_CPU_LEVEL allow. Null if the variable
+// names none; then `wanted` is its value, and `refusal` why this machine has no such level, if
+// there is more to say than that.
+const Level* choose_level(const char** wanted, const char** refusal);
 
 }  // namespace bsa

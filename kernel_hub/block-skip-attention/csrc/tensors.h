@@ -33,13 +33,12 @@ inline Dtype dtype_of(const Tensor& x) {
 }
 
 inline const Level& level() {
-  const char* wanted;
-  const Level* found = choose_level(&wanted);
+  const char *wanted, *refusal;
+  const Level* found = choose_level(&wanted, &refusal);
   STD_TORCH_CHECK(found,
-                  "HF_SPARSE_ATTENTION_CPU_LEVEL: expected portable, avx2, avx512 or avx512_bf16, "
-                  "as far as this "
-                  "machine has it, got ",
-                  wanted);
+                  "HF_SPARSE_ATTENTION_CPU_LEVEL: expected portable, avx2, avx512, avx512_bf16 or "
+                  "avx512_amx, as far as this machine has it, got ",
+                  wanted, refusal ? ": " : "", refusal ? refusal : "");
   return *found;
 }
 

@@ -107,6 +107,23 @@ BSA_INLINE void value_rows(const float* const* v, int64_t n, const float* p, int
   }
 }
 
+// The rows of Q side by side in lanes: row(r, d) gives W of the n words of row r, from word d on.
+template <class Row>
+BSA_INLINE void pack_lanes(int64_t n, const Row& row, float* y) {
+  for (int r = 0; r < kLanes; r += W) {
+    float* to = y + (r / kGroupLanes) * n * kGroupLanes + r % kGroupLanes;
+    for (int64_t d = 0; d < n; d += W) {
+      vi x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = row(r + i, d);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i, to += kGroupLanes)
+        if (d + i < n) store(to, (vf)x[i]);
+    }
+  }
+}
+
 // S becomes P = 2^(S * unit - top), and each lane's sum is added to l.
 BSA_INLINE void exponentials(float* s, int64_t n, float unit, const float* minus_top, float* l) {
   vf sum[kVectors], shift[kVectors];
@@ -130,16 +147,16 @@ struct FloatEngine {
 
   // Q^T from `rows` rows of q; the other lanes are 0. Returns the largest |q|.
   static float pack_q(const T* q, int64_t stride, int64_t rows, int64_t D, void* qt) {
-    float top = 0;
-    float* y = static_cast<float*>(qt);
-    memset(y, 0, kLanes * D * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* x = q + r * stride;
-      top = bsa::BSA_LEVEL::max_abs(x, D, top);
-      float* to = y + (r / kGroupLanes) * D * kGroupLanes + r % kGroupLanes;
-      for (int64_t d = 0; d < D; ++d) to[d * kGroupLanes] = to_float(x[d]);
-    }
-    return top;
+    vi tops = {};
+    const auto row = [&](int64_t r, int64_t d) {
+      if (r >= rows) return vi{};
+      const T* const x = q + r * stride + d;
+      const vi floats = (vi)(D - d >= W ? load_floats(x) : load_some(x, D - d));
+      tops = largest(tops, floats & 0x7fffffff);
+      return floats;
+    };
+    pack_lanes(D, row, static_cast<float*>(qt));
+    return magnitude(tops);
   }
 
   template <class Ahead = NothingAhead>

@@ -54,7 +54,15 @@ BSA_INLINE void value_tile_bf16(const uint32_t* v, int64_t Dv, int64_t pairs, co
 
 // Rows a and b interleaved: y[d] holds a[d] in its low half, b[d] in its high half.
 BSA_INLINE void interleave(const bf16* a, const bf16* b, int64_t n, uint32_t* y) {
+  vi low;  // pairs of numbers, of words of a and, from 32 on, of b
+  for (int i = 0; i < W; ++i) low[i] = i | (32 + i) << 16;
+  const vi high = low + (16 | 16 << 16);
   int64_t d = 0;
+  for (; d + 32 <= n; d += 32) {
+    const __m512i x = _mm512_loadu_si512(a + d), z = _mm512_loadu_si512(b + d);
+    _mm512_storeu_si512(y + d, _mm512_permutex2var_epi16(x, (__m512i)low, z));
+    _mm512_storeu_si512(y + d + 16, _mm512_permutex2var_epi16(x, (__m512i)high, z));
+  }
   for (; d + 16 <= n; d += 16) {
     const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + d)));
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + d)));
@@ -73,6 +81,26 @@ BSA_INLINE __m512i zip(vf a, vf b) {
   return _mm512_permutexvar_epi16(order, both);
 }
 
+// P [keys / 2][64][2] = 2^(S * unit + shift) of n rows of S, and each lane's sum is added to l;
+// beside(k) is done after the keys k and k + 1.
+template <class Beside>
+BSA_INLINE void weigh(const float* s, int64_t n, float unit, const float* minus_top, float* l,
+                      uint32_t* p, const Beside& beside) {
+  vf sum[NR], shift[NR];
+  for (int j = 0; j < NR; ++j) sum[j] = load(l + j * W), shift[j] = load(minus_top + j * W);
+  for (int64_t k = 0; k < n; k += 2) {
+    const bool odd = k + 1 == n;  // the last key's partner has weight 0
+    for (int j = 0; j < NR; ++j) {
+      const vf a = exp2v(load(s + k * kLanes + j * W) * unit + shift[j]);
+      const vf b = odd ? vf{} : exp2v(load(s + (k + 1) * kLanes + j * W) * unit + shift[j]);
+      sum[j] += a + b;
+      _mm512_storeu_si512(p + k / 2 * kLanes + j * W, zip(a, b));
+    }
+    beside(k);
+  }
+  for (int j = 0; j < NR; ++j) store(l + j * W, sum[j]);
+}
+
 struct Bf16Engine {
   using Element = bf16;
   static constexpr bool weights_in_place = false;
@@ -81,15 +109,17 @@ struct Bf16Engine {
   }  // an odd D has half a pair: left to FloatEngine
 
   static float pack_q(const bf16* q, int64_t stride, int64_t rows, int64_t D, void* qt) {
-    float top = 0;
-    uint32_t* y = static_cast<uint32_t*>(qt);
-    memset(y, 0, kLanes * (D / 2) * sizeof(uint32_t));
-    for (int64_t r = 0; r < rows; ++r) {
-      const bf16* x = q + r * stride;
-      top = bsa::BSA_LEVEL::max_abs(x, D, top);
-      for (int64_t d = 0; d < D; d += 2) memcpy(y + (d / 2) * kLanes + r, x + d, 4);
-    }
-    return top;
+    vi tops = {};
+    const auto row = [&](int64_t r, int64_t d) {
+      if (r >= rows) return vi{};
+      const int64_t left = D / 2 - d;
+      const __mmask16 here = left >= W ? 0xffff : __mmask16((1u << left) - 1);
+      const vi pairs = (vi)_mm512_maskz_loadu_epi32(here, q + r * stride + 2 * d);
+      tops = largest(largest(tops, pairs << 16 & 0x7fff0000), pairs & 0x7fff0000);
+      return pairs;
+    };
+    pack_lanes(D / 2, row, static_cast<float*>(qt));
+    return magnitude(tops);
   }
 
   template <class Ahead = NothingAhead>
@@ -114,20 +144,10 @@ struct Bf16Engine {
                      void* packed, float* wide, float* ot) {
     uint32_t* p = static_cast<uint32_t*>(packed);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(wide);
-    vf sum[NR], shift[NR];
-    for (int j = 0; j < NR; ++j) sum[j] = load(l + j * W), shift[j] = load(minus_top + j * W);
-    for (int64_t k = 0; k < n; k += 2) {
-      const bool odd = k + 1 == n;  // the last key's partner has weight 0
-      for (int j = 0; j < NR; ++j) {
-        const vf a = exp2v(load(s + k * kLanes + j * W) * unit + shift[j]);
-        const vf b = odd ? vf{} : exp2v(load(s + (k + 1) * kLanes + j * W) * unit + shift[j]);
-        sum[j] += a + b;
-        _mm512_storeu_si512(p + (k / 2) * kLanes + j * W, zip(a, b));
-      }
+    weigh(s, n, unit, minus_top, l, p, [&](int64_t k) __attribute__((always_inline)) {
       const bf16* row = v + keys[k] * stride;
-      interleave(row, odd ? row : v + keys[k + 1] * stride, Dv, pairs + (k / 2) * Dv);
-    }
-    for (int j = 0; j < NR; ++j) store(l + j * W, sum[j]);
+      interleave(row, k + 1 == n ? row : v + keys[k + 1] * stride, Dv, pairs + k / 2 * Dv);
+    });
     const int64_t half = (n + 1) / 2;
     with_tile(vectors, [&]<int MR, int NV>() __attribute__((always_inline)) {
       int64_t d = 0;

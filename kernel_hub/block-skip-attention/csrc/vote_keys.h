@@ -12,8 +12,17 @@
 namespace bsa::BSA_LEVEL {
 
 // A bit for each of the n <= 64 keys at s [n][64] that is not below its bound in some lane. Lane by
-// lane of vectors, as the first often settles it.
+// lane of vectors, as the first often settles it; and where nothing can be skipped, there is most
+// often a lane that wants all of the keys. A NaN is no one's minimum.
 BSA_INLINE uint64_t reach(const float* s, int64_t n, const float* bound) {
+  vf least[4];
+  for (int j = 0; j < 4; ++j) least[j] = splat(kInf);
+  int64_t x = 0;
+  for (; x + 4 <= n; x += 4)
+    for (int j = 0; j < 4; ++j) least[j] = vmin(load(s + (x + j) * kLanes), least[j]);
+  for (; x < n; ++x) least[0] = vmin(load(s + x * kLanes), least[0]);
+  least[0] = vmin(vmin(least[0], least[1]), vmin(least[2], least[3]));
+  if (any_not_below(least[0], load(bound))) return low_bits(n);
   uint64_t found = 0;
   for (int i = 0; i < kLanes && found != low_bits(n); i += W) {
     const vf limit = load(bound + i);

@@ -1,7 +1,7 @@
 """Attention that skips blocks of keys whose softmax weight cannot matter (BLASST, BSFA).
 
 On the CPU the level of instructions is chosen at run time; the environment variable
-HF_SPARSE_ATTENTION_CPU_LEVEL = portable | avx2 | avx512 | avx512_bf16 forces it down.
+HF_SPARSE_ATTENTION_CPU_LEVEL = portable | avx2 | avx512 | avx512_bf16 | avx512_amx forces it down.
 """
 
 import torch
