@@ -277,12 +277,13 @@ NEVER_RUN = """
   `g++-aarch64-linux-gnu` and `qemu-user` are installed, a test compiles every unit without a
   warning and checks the forward's output under emulation against float64 (done here, with g++
   12.2); the backward has only been compiled.
-- A processor with AMX. The level `avx512_amx` multiplies on tiles in prefill with bfloat16 and even
-  head sizes; all else in it (decode, which waits for memory; the backward; calibration's pass) is
-  `avx512_bf16`. The int8 filter is left out: at the rates Intel states, tiles score keys sooner. A
-  test runs its source on emulated tiles, which follow Intel's manual down to the order of the sums,
-  against float64, and looks through its machine code; detection is tested against what processors
-  and Linux may answer. Nothing is known of its speed.
+- A processor with AMX. The level `avx512_amx`, which runs only where it is asked for by name,
+  multiplies on tiles in prefill with bfloat16 and even head sizes; all else in it (decode, which
+  waits for memory; the backward; calibration's pass) is `avx512_bf16`. The int8 filter is left out:
+  at the rates Intel states, tiles score keys sooner. A test runs its source on emulated tiles,
+  which follow Intel's manual down to the order of the sums, against float64, and looks through its
+  machine code; detection is tested against what processors and Linux may answer. Nothing is known
+  of its speed.
 - AVX2 and AVX-512 without BF16 on machines that have no more. They are tested here, forward and
   backward, by forcing the level (`HF_SPARSE_ATTENTION_CPU_LEVEL`); their speed is not measured."""
 

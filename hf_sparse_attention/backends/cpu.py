@@ -1,7 +1,7 @@
 """The compiled CPU kernel; `kernel.py` says where it is looked for.
 
-HF_SPARSE_ATTENTION_CPU_LEVEL forces the level of instructions down: portable, avx2, avx512,
-avx512_bf16 or avx512_amx.
+HF_SPARSE_ATTENTION_CPU_LEVEL forces the level of instructions down: portable, avx2, avx512 or
+avx512_bf16; or asks for avx512_amx.
 """
 
 from __future__ import annotations

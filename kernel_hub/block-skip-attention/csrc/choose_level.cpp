@@ -1,6 +1,6 @@
 // Which level runs: the best that the machine has, or the one that HF_SPARSE_ATTENTION_CPU_LEVEL
 // names if the machine has it. The variable is read at every call, so that one process can compare
-// levels.
+// levels. AMX is only taken where it is named: so far it has run on emulated tiles alone.
 #include <cstdlib>
 #include <cstring>
 
@@ -53,13 +53,16 @@ const Level* choose_level(const char** wanted, const char** refusal) {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
   static const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  static const char* const no_amx = amx_refusal_here(avx512);
   static const Level amx = with_amx(kAvx512Bf16);
-  if (std::strcmp(*wanted, amx.name) == 0) *refusal = no_amx;
+  const bool asks_for_amx = std::strcmp(*wanted, amx.name) == 0;
+  if (asks_for_amx) {
+    static const char* const no_amx = amx_refusal_here(avx512);
+    *refusal = no_amx;
+  }
   const struct {
     const Level* level;
     bool here;
-  } known[] = {{&amx, bf16 && !no_amx},
+  } known[] = {{&amx, asks_for_amx && bf16 && !*refusal},
                {&kAvx512Bf16, bf16},
                {&kAvx512, avx512},
                {&kAvx2, avx2},
