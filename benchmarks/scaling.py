@@ -210,7 +210,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "scaling.json")
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
-    result |= {"machine": machine(), "rounds": args.rounds, "seed": SEED}
+    here = machine()
+    result |= {"machine": here, "rounds": args.rounds, "seed": SEED}
+    made = {part: {"kernel": here["kernel"], "time": here["time"]} for part in args.parts}
+    result["parts"] = result.get("parts", {}) | made
     result |= {"head_size": SIZE, "low_blocks": SPARSITY, "lambda": LAMBDA}
     torch.set_num_threads(1)
     if "share_of_peak" in args.parts:

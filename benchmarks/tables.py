@@ -229,6 +229,10 @@ def scaling() -> list[str]:
         [row["dtype"], row["name"], str(row["length"]), f"{row['kib'] / 1024:.1f}"]
         for row in data["memory"]
     ]
+    parts = [
+        f"{name.replace('_', ' ')} {made['time'][:16]} with kernel {made['kernel'][-12:]}"
+        for name, made in data["parts"].items()
+    ]
     share = [
         [
             row["dtype"].removeprefix("torch."),
@@ -251,6 +255,8 @@ def scaling() -> list[str]:
         "",
         f"{data['low_blocks']:.0%} of the key blocks are low; fewer heads at long lengths keep a "
         "run within minutes. " + machine_line(data),
+        "",
+        "Measured: " + "; ".join(parts) + ".",
         "",
         *table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
         "",
