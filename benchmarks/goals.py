@@ -176,7 +176,13 @@ GOALS += [
         _first_token,
         best=True,
     ),
-    Goal("prefill, two threads over one", _both(1.9), _threads("prefill")),
+    Goal(
+        "prefill, two threads over one",
+        _both(1.9),
+        _threads("prefill"),
+        missed="1.898 in bfloat16 with a head size of 64, where bare multiply-adds gain 1.93 in "
+        "the same rounds.",
+    ),
     Goal(
         "decode, two threads over one",
         _both(1.9),
