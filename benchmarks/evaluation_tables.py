@@ -25,7 +25,8 @@ HEAD = """# Evaluation: results
 
 Made by `python -m benchmarks.evaluation_tables` from `benchmarks/results/evaluation_*.json`, which
 `python -m benchmarks.evaluation MODEL` measures; don't edit by hand. What the tasks and settings
-are: [evaluation.md](evaluation.md).
+are: [evaluation.md](evaluation.md). Other work ran on these machines meanwhile: times are ratios on
+one sample, taken in turns, and rough; [results.md](results.md) has those of a quiet machine.
 """
 
 
