@@ -6,6 +6,7 @@ import statistics
 
 from benchmarks import goals
 from benchmarks.table_format import HERE, load, machine_line, table
+from benchmarks.tables_scaling import scaling
 from benchmarks.tables_subgraph import subgraph
 from benchmarks.tables_training import calibration_cost, training
 from benchmarks.tables_whole_graph import whole_graph
@@ -27,21 +28,6 @@ GOALS_INTRO = """\
 Set before the kernel was written, on an AMD Zen 4 (AVX-512 executed in halves), where they had been
 reached by a prototype. What was measured is the range over the lengths and head sizes that the goal
 covers, or the best of several settings where the goal asks for one that exists."""
-
-SCALING_MISSING = """\
-Not measured on this kernel yet: `python -m benchmarks.scaling`, on a machine with nothing else to
-do."""
-
-CONTROLS = {
-    "own": "own",
-    "multiply_adds": "multiply-adds alone",
-    "reading": "reading memory alone",
-    "cpu_time": "CPU time, two threads' over one's",
-}
-TWO_THREADS = """\
-The controls are taken in the same rounds: what the machine itself wins with its second core. Where
-CPU time grows, the cores wait for memory or are slower together; they are not idle: speedup times
-growth is the number of cores at work."""
 
 LEGEND = """\
 `own` is the native kernel that never skips; `own blasst` runs lambda 1e-3 on synthetic keys of
@@ -207,72 +193,6 @@ def break_even() -> list[str]:
         machine_line(data),
         "",
         *table(["call", *names], rows),
-    ]
-
-
-def scaling() -> list[str]:
-    """Growth with the length, memory, threads, share of the peak."""
-    data = load("scaling.json")
-    if not data:
-        return ["", "## Growth, memory, two threads, share of the peak", "", SCALING_MISSING]
-    names = [n for n in data["growth"][0]["seconds"] if n != "sdpa"]
-    growth = [
-        [
-            "{}, {} tokens, {} heads".format(case["dtype"][6:], case["length"], case["heads"]),
-            f"{statistics.median(case['seconds']['sdpa']):.3f} s",
-            *(f"{case['speedup_over']['sdpa'][name]['median']:.2f}" for name in names),
-            f"{case['gflops_dense']:.0f}",
-        ]
-        for case in data["growth"]
-    ]
-    memory = [
-        [row["dtype"], row["name"], str(row["length"]), f"{row['kib'] / 1024:.1f}"]
-        for row in data["memory"]
-    ]
-    parts = [
-        f"{name.replace('_', ' ')} {made['time'][:16]} with kernel {made['kernel'][-12:]}"
-        for name, made in data["parts"].items()
-    ]
-    share = [
-        [
-            row["dtype"].removeprefix("torch."),
-            str(row["head_size"]),
-            f"{row['gflops']:.0f}",
-            f"{row['share']:.0%}",
-        ]
-        for row in data["share_of_peak"]
-    ]
-    threads = [
-        [
-            f"{row['phase']} {row['dtype'].removeprefix('torch.')} D={row['head_size']}",
-            *(f"{row['median'][name]:.2f}" for name in CONTROLS),
-        ]
-        for row in data["two_threads"]
-    ]
-    return [
-        "",
-        "## Growth with the length, one thread, head size 64",
-        "",
-        f"{data['low_blocks']:.0%} of the key blocks are low; fewer heads at long lengths keep a "
-        "run within minutes. " + machine_line(data),
-        "",
-        "Measured: " + "; ".join(parts) + ".",
-        "",
-        *table(["prefill", "sdpa", *names, "own, GFLOP/s"], growth),
-        "",
-        "### Memory that one call of one head adds, its output included",
-        "",
-        *table(["dtype", "attention", "tokens", "MiB"], memory),
-        "",
-        "### Dense prefill at 4096 tokens against the peak of fused multiply-adds",
-        "",
-        *table(["dtype", "D", "GFLOP/s", "share"], share),
-        "",
-        "### Two threads over one, dense, wall time",
-        "",
-        TWO_THREADS,
-        "",
-        *table(["call", *CONTROLS.values()], threads),
     ]
 
 

@@ -211,7 +211,9 @@ def main() -> None:
     data = json.loads(args.output.read_text()) if args.output.exists() else {}
     about = {"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "new_tokens": NEW}
     threads = torch.get_num_threads()  # looking at the machine changes it
-    data = {"machine": machine(), "threads": threads, **about, **data}
+    here = machine()
+    stamp = {key: here[key] for key in ("kernel", "time")}
+    data = {"machine": here, "threads": threads, **about, **data}
     torch.set_num_threads(threads)
     runs = data.setdefault("runs", {name: [] for name in (*OWN, *PEERS)})
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -221,7 +223,8 @@ def main() -> None:
             for name, each in runs.items():
                 if len(each) > number or (args.only and name not in args.only):
                     continue
-                each.append(measure(name, number, args, Path(file.name)))
+                found = measure(name, number, args, Path(file.name))
+                each.append(found | stamp if isinstance(found, dict) else found)
                 print(number, name, str(each[-1])[:160], flush=True)
                 write_atomically(args.output, (json.dumps(data, indent=1) + "\n").encode())
     data["rows"] = summary(runs)  # may refuse them; they are kept all the same

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ring_protocol import Barrier, Broken, put
+from ring_protocol import Barrier, Broken, begin, end, put
 
 CHOICES = [(keep, ahead) for keep in (True, False) for ahead in (True, False)]
 
@@ -196,12 +196,9 @@ class DecodeMachine:
         if kind == "met" and any(w.met < warp.met for w in state.warps):
             return
         if kind == "begin":
-            slot, _, block = what
-            if state.slots[slot] != block:
-                raise Broken(f"slot {slot}: expected block {block}, got {state.slots[slot]}")
-            after = after._replace(readers=put(state.readers, slot, state.readers[slot] + 1))
+            after = begin(after, what[0], what[2])
         elif kind == "end":
-            after = after._replace(readers=put(state.readers, what[0], state.readers[what[0]] - 1))
+            after = end(after, what[0])
         elif kind == "copy":
             after = self.copy(after, *what)
         yield after

@@ -216,12 +216,9 @@ class Machine:
         if kind in ("wait", "begin") and state.barriers[2 * what[0]].parity == what[1]:
             return
         if kind == "begin":
-            slot, _, block = what
-            if state.slots[slot] != block:
-                raise Broken(f"slot {slot}: expected block {block}, got {state.slots[slot]}")
-            after = after._replace(readers=put(state.readers, slot, state.readers[slot] + 1))
+            after = begin(after, what[0], what[2])
         elif kind == "end":
-            after = after._replace(readers=put(state.readers, what[0], state.readers[what[0]] - 1))
+            after = end(after, what[0])
         elif kind == "release":
             empty = state.barriers[2 * what[0] + 1]
             after = self.turn(after, 2 * what[0] + 1, empty._replace(missing=empty.missing - 1))
@@ -292,3 +289,15 @@ def explore(machine: Explorable) -> int:
         if stuck and not machine.done(state):
             raise Broken(f"deadlock: {state.warps}")
     return len(seen)
+
+
+def begin(state: Any, slot: int, block: int) -> Any:
+    """A warp reads `block` in `slot` from now on."""
+    if state.slots[slot] != block:
+        raise Broken(f"slot {slot}: expected block {block}, got {state.slots[slot]}")
+    return state._replace(readers=put(state.readers, slot, state.readers[slot] + 1))
+
+
+def end(state: Any, slot: int) -> Any:
+    """It has read it."""
+    return state._replace(readers=put(state.readers, slot, state.readers[slot] - 1))
