@@ -14,6 +14,7 @@ import torch
 from kernel_checks import check
 from test_triton_kernels import RULES, make_call
 
+from hf_sparse_attention.backends import cuda
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -59,6 +60,17 @@ def forward(
         **options,
     )
     return AttentionResult(*results)
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_the_package_says_the_same_of_them(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Its backend and the kernel repo, which stand apart, each know what the kernels take."""
+    monkeypatch.setenv("HF_SPARSE_ATTENTION_EMULATE", "1")
+    features, geometry = REFUSED[reason]
+    named = geometry.name in (cuda.GEOMETRIES or ())  # others are refused before `supports`
+    assert (cuda.supports(made(**features), RULES["blasst"], geometry) is not None) == named
+    for served in ({}, {"q_len": 1}, {"head_size": 256}):
+        assert cuda.supports(made(**served), RULES["blasst"], SQUARE) is None
 
 
 @pytest.mark.parametrize("reason", REFUSED)
