@@ -131,8 +131,8 @@ def test_a_run_that_was_killed_continues(tiny, evaluated, tmp_path, monkeypatch)
     assert not (tmp_path / "evaluation.json").exists()
     with pytest.raises(ValueError, match="expected no evaluation there"):
         run(tiny, tmp_path)
-    with pytest.raises(ValueError, match=r"samples: expected 2, got 3"):
-        run(tiny, tmp_path, samples=2, resume=True)
+    with pytest.raises(ValueError, match=r"seed: expected 1, got 0"):
+        run(tiny, tmp_path, seed=1, resume=True)
     resumed = run(tiny, tmp_path, resume=True)
     assert len(calls) == 4 + 3  # of six samples three were there
     for mine, theirs in zip(resumed["cells"], evaluated[0]["cells"], strict=True):
@@ -141,6 +141,29 @@ def test_a_run_that_was_killed_continues(tiny, evaluated, tmp_path, monkeypatch)
         for phase in ("prefill", "decode"):
             assert mine.get(phase) == theirs.get(phase)
     assert resumed["texts"] == evaluated[0]["texts"]
+
+
+def test_a_resumed_run_may_ask_for_more_samples(tiny, tmp_path, monkeypatch):
+    quick = {"settings": ["dense"], "lengths": [128], "texts": False}
+    once = run(tiny, samples=3, **quick)
+    run(tiny, tmp_path, samples=1, **quick)
+    measured, calls = runner._measured, []
+    monkeypatch.setattr(runner, "_measured", lambda *args: calls.append(1) or measured(*args))
+    more = run(tiny, tmp_path, samples=3, resume=True, **quick)
+    assert len(calls) == 2  # the first was there
+    assert [cell["scores"] for cell in more["cells"]] == [cell["scores"] for cell in once["cells"]]
+    fewer = run(tiny, tmp_path, samples=2, resume=True, **quick)
+    assert len(calls) == 2
+    assert [len(cell["scores"]) for cell in fewer["cells"]] == [2]
+
+
+def test_a_measurement_of_another_sample_is_refused(tiny, tmp_path):
+    quick = {"settings": ["dense"], "lengths": [128], "samples": 1, "texts": False}
+    run(tiny, tmp_path, **quick)
+    (file,) = (tmp_path / "measurements").glob("*.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "answers": ["of another"]}))
+    with pytest.raises(ValueError, match="got a measurement that asked for of another"):
+        run(tiny, tmp_path, resume=True, **quick)
 
 
 def test_the_seed_decides(tiny):

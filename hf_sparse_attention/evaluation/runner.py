@@ -95,7 +95,8 @@ def evaluate(
         chat_template: ask in the tokenizer's chat template.
         output_dir: measurements are kept there as they are made, and the result as
             `evaluation.json`; None: nowhere.
-        resume: continue what is in `output_dir`; a run that was configured otherwise is refused.
+        resume: continue what is in `output_dir`, with more samples or tasks if you like; a run
+            that was configured otherwise is refused.
         name: what to call the model; None: where it was loaded from.
         progress: show progress bars.
 
@@ -202,6 +203,12 @@ def _run(
             if known is None:
                 known = _measured(plan, task, n, sample)
                 store.put(unit, known)
+            elif known["answers"] != list(sample.answers):
+                raise ValueError(
+                    f"{store.folder}: expected {unit} to ask for {', '.join(sample.answers)}, got "
+                    f"a measurement that asked for {', '.join(known['answers'])}; choose another "
+                    "folder"
+                )
             found[0].append(known)
             bar.update()
         for kind, length, ids in plan.texts:

@@ -1,13 +1,14 @@
 """Where a run keeps what it has measured, so that one that was killed continues.
 
 Every measurement is a small JSON file of its own, written atomically. What they belong to stands
-beside them: a run that is configured otherwise is refused.
+beside them: a run that is configured otherwise is refused. It may ask for more, though, or for
+less: more samples, another task.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hf_sparse_attention.thresholds import write_atomically
 CONFIGURATION = "configuration.json"
 MEASUREMENTS = "measurements"
 RESULT = "evaluation.json"
+#: What says how much is measured, and nothing about how.
+AMOUNTS = ("samples", "tasks", "texts")
 
 
 class Store:
@@ -41,14 +44,13 @@ class Store:
                     f"{folder}: expected no evaluation there, got one; resume it, or choose "
                     "another folder"
                 )
-            differences = differing(wanted, read_json(file))
+            differences = differing(wanted, read_json(file), AMOUNTS)
             if differences:
                 raise ValueError(
                     f"{file}: the run was configured otherwise ({'; '.join(differences)}); choose "
                     "another folder, or what it was configured with"
                 )
-        else:
-            write_json(file, wanted)
+        write_json(file, wanted)
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The measurement called `name`, if it was made."""
@@ -63,12 +65,14 @@ class Store:
         return self.folder / MEASUREMENTS / f"{name}.json"
 
 
-def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """`"lengths: expected [2048], got [4096]"` for each entry that is not the same."""
+def differing(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], free: Sequence[str] = ()
+) -> list[str]:
+    """`"lengths: expected [2048], got [4096]"` for each entry that differs, but for `free`."""
     return [
         f"{name}: expected {wanted.get(name)}, got {found.get(name)}"
         for name in dict.fromkeys([*wanted, *found])
-        if wanted.get(name) != found.get(name)
+        if name not in free and wanted.get(name) != found.get(name)
     ]
 
 
