@@ -48,6 +48,16 @@ def made(name: str, kind: str = "words", count: int = 3, seed: int = 0) -> list[
     return TASKS[name].samples(TOKENIZERS[kind], LENGTHS[kind], count, seed)
 
 
+def test_these_are_rulers_tasks_with_its_budgets() -> None:
+    """Those of its synthetic.yaml, with the `tokens_to_generate` of its constants.py."""
+    budgets = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+    needles = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3")
+    names = [f"niah_{name}" for name in (*needles, "multivalue", "multiquery")]
+    assert list(TASKS) == [*names, "vt", "cwe", "fwe", "qa_1", "qa_2"]
+    for name, task in TASKS.items():
+        assert task.max_new_tokens == budgets[name.split("_")[0]]
+
+
 @each_tokenizer
 @each_task
 def test_prompts_fill_the_length_and_leave_room_for_the_answer(name: str, kind: str) -> None:
@@ -116,6 +126,18 @@ def test_so_many_needles_and_answers(name: str, needles: int, answers: int) -> N
         assert len(set(sample.answers)) == answers
 
 
+@pytest.mark.parametrize(("name", "keys"), [("niah_multivalue", 1), ("niah_multiquery", 4)])
+def test_each_answer_belongs_to_a_key_that_is_asked_for(name: str, keys: int) -> None:
+    for sample in made(name, count=8):
+        needles = re.findall(r"magic numbers for (\S+) is: (\d{7})\.", sample.question)
+        assert {value for _, value in needles} == set(sample.answers)
+        named = {key for key, _ in needles}
+        assert len(named) == keys
+        asked = re.search(r"numbers for (.+) that the text", sample.question.rsplit("\n", 1)[1])
+        assert asked
+        assert set(re.split(r", and |, ", asked[1])) == named
+
+
 @pytest.mark.parametrize("name", ["niah_multikey_2", "niah_multikey_3"])
 def test_a_haystack_of_needles_is_nothing_else(name: str) -> None:
     for sample in made(name):
@@ -142,9 +164,14 @@ def test_the_scorer_is_right_and_wrong_where_it_should_be(name: str) -> None:
     assert task.score(" and ".join(sorted(wrong)), sample.answers) < 1 / len(sample.answers) + 1e-9
 
 
-def test_a_part_of_the_references_scores_its_fraction() -> None:
-    (sample,) = made("niah_multivalue", count=1)
-    assert TASKS["niah_multivalue"].score(", ".join(sample.answers[:3]), sample.answers) == 0.75
+@each_task
+def test_a_part_of_the_references_scores_its_fraction_and_all_of_it_in_qa(name: str) -> None:
+    """RULER's `string_match_all` and `string_match_part`."""
+    references = ("Alpha", "Beta 7", "gamma", "delta")
+    for found in range(5):
+        output = "they are: " + "; ".join(references[:found]).upper()
+        expected = float(found > 0) if name.startswith("qa") else found / 4
+        assert TASKS[name].score(output, references) == expected
 
 
 @pytest.mark.parametrize("answer", [1, 2, 5, 64, 1000])
@@ -173,7 +200,9 @@ def test_variables_are_assigned_before_they_are_handed_on() -> None:
         assert len(sample.answers) == 5
 
 
-@pytest.mark.parametrize(("length", "often", "seldom"), [(3000, 6, 1), (6000, 30, 3)])
+@pytest.mark.parametrize(
+    ("length", "often", "seldom"), [(3000, 6, 1), (4096 - 40, 30, 3), (6000, 30, 3)]
+)
 def test_common_words_are_the_commonest(length: int, often: int, seldom: int) -> None:
     for sample in TASKS["cwe"].samples(TOKENIZERS["words"], length, 2, 0):
         listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", sample.question.split("Here is")[-1])
