@@ -134,12 +134,14 @@ def evaluate(
 
     console = Console()
     console.print(f"[bold]{source.model}, evaluated: {out}[/bold]")
-    console.print(_summary(result))
+    for length in result["configuration"]["lengths"]:
+        console.print(f"{length} tokens")
+        console.print(_summary(result, length))
     if report is not None:
         console.print(f"The report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(result: Any) -> Table:
+def _summary(result: Any, length: int) -> Table:
     """Narrow enough for 80 columns; evaluation.md has more."""
     from hf_sparse_attention.evaluation import markdown, summary
     from hf_sparse_attention_cli.summary import plain_table
@@ -148,8 +150,20 @@ def _summary(result: Any) -> Table:
     table = plain_table(*names)
     for column in table.columns:
         column.no_wrap = True
-    for row, cells in zip(summary.by_setting(result), markdown.setting_cells(result), strict=True):
-        skipped = [row[phase]["sparsity"] for phase in ("prefill", "decode")]
-        shown = ["" if x is None else f"{x:.0%}" for x in skipped]
-        table.add_row(*cells[:4], *shown, *cells[-2:])
+    for row in summary.by_setting(result, [length]):
+        kl, _ = row["prefill_kl"] or (None, None)
+        points = markdown.points(row["accuracy"], row["standard_error"]), markdown.change(row)
+        accuracy, change = (text.removesuffix(markdown.ALIKE) for text in points)
+        table.add_row(
+            row["setting"],
+            accuracy,
+            "" if row["setting"] == summary.DENSE else change,
+            _shown(kl, ".2g"),
+            *(_shown(row[phase]["sparsity"], ".0%") for phase in ("prefill", "decode")),
+            *(_shown(row[name], ".2f") for name in summary.SPEEDUPS),
+        )
     return table
+
+
+def _shown(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

@@ -71,8 +71,11 @@ def test_it_is_well_formed_and_says_what_was_found(result, page):
     assert root.findtext(f".//{XHTML}h1") == "Evaluation of tiny <llama>"
     cells = [cell.text for cell in root.iter(f"{XHTML}td")]
     assert "d & e" in cells
-    assert "1.00x" in cells
+    row = summary.by_length(result)[1]
+    speed, seconds = row["first_token_speedup"], row["first_token_s"]
+    assert f"{speed:.2f}x ({seconds:.3g} s)" in cells
     row = summary.by_setting(result)[2]
+    assert f"{row['prefill']['p99']:.2g}" in cells
     assert f"{100 * row['change']:+.1f} ± {100 * row['change_error']:.1f}" in cells
     assert "None" not in "".join(root.itertext())
 
@@ -128,8 +131,8 @@ def test_a_browser_shows_every_figure(page, tmp_path):
         "the first family's line": "2b6cb0",
         "the second family's line": "c05621",
         "dense": "718096",
-        "heat map, all right": "006837",
-        "heat map, one in five": "f46d43",
+        "heat map, all right": "fde725",
+        "heat map, one in five": "414487",
     }
     for what, colour in shown.items():
         assert tuple(bytes.fromhex(colour)) in colours, what

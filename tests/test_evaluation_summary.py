@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
 
 from hf_sparse_attention.evaluation import summary
-from hf_sparse_attention.evaluation.markdown import markdown
+from hf_sparse_attention.evaluation.markdown import markdown, task_points
 
 
 def cell(task, length, setting, scores, seconds, rate, **more):
@@ -39,10 +40,12 @@ def result():
                 *("a", length, "blasst:0.5", [1.0, 0.0], [2.0 / fast] * 2, [10.0 * fast] * 2),
                 depths=[0.0, 0.96],
                 prefill=skipped(0.4, 0.6),
+                decode=skipped(0.4, 0.6),
             ),
             cell(
                 *("b", length, "blasst:0.5", [0.5, 0.5], [2.0 / fast] * 2, [10.0 * fast, None]),
                 prefill=skipped(0.4, 0.6),
+                decode=skipped(0.4, 0.6),
             ),
         ]
     texts = [
@@ -109,7 +112,8 @@ def test_break_even_over_the_kernel_without_skipping(result):
     for length, fast in ((1024, 0.5), (2048, 1.0)):
         for task in ("a", "b"):
             times = [2.0 / fast] * 2, [10.0 * fast] * 2
-            result["cells"].append(cell(task, length, "never", [0.0, 0.0], *times))
+            nothing = {phase: skipped(0.0, 0.0) for phase in ("prefill", "decode")}
+            result["cells"].append(cell(task, length, "never", [0.0, 0.0], *times, **nothing))
     result["configuration"]["settings"].append("never")
     even = {"first_token_speedup": 2048, "decode_speedup": 2048}
     assert summary.break_even(result, "never") == {"blasst:0.5": even}
@@ -153,10 +157,70 @@ def test_a_single_sample_has_no_error(result):
     json.dumps(summary.by_task(result), allow_nan=False)
 
 
+def test_where_all_ran_dense_nothing_is_faster(result):
+    for each in result["cells"]:
+        each.pop("decode", None)
+    assert summary.break_even(result)["blasst:0.5"] == {
+        "first_token_speedup": 2048,
+        "decode_speedup": None,
+    }
+
+
+def test_faster_means_three_quarters_of_the_samples(result):
+    """Of the four samples at 2048 tokens one is slower than dense; then two."""
+    for slow, expected in ((["a"], 2048), (["a", "b"], None)):
+        for each in result["cells"]:
+            if (each["setting"], each["length"]) == ("blasst:0.5", 2048) and each["task"] in slow:
+                each["first_token_s"] = [4.0, 1.0]
+        assert summary.break_even(result)["blasst:0.5"]["first_token_speedup"] == expected
+
+
+def test_overview(result):
+    found = summary.overview(result)
+    json.dumps(found, allow_nan=False)
+    assert [(row["length"], row["setting"]) for row in found["by_length"]] == [
+        (n, name) for n in (1024, 2048) for name in ("dense", "blasst:0.5")
+    ]
+    assert found["break_even"] == summary.break_even(result)
+
+
 def test_markdown(result):
+    """All that an evaluation measures is on the card; times for each length by itself."""
     text = markdown(result)
-    assert "| blasst:0.5 | 50.0 ± 17.7 | -12.5 ± 19.8 | 0.2 | 4.48 | 50% ± 10/10/10 |" in text
-    assert "| a | 1024 | 100.0 ± 0.0 | 50.0 ± 50.0 |" in text
+    assert "2 tasks, of each 2 samples at 1024 tokens, 2 at 2048; blocks of 64x64" in text
+    spread = "50% ± 10/10/10 | 50% ± 10/10/10"
+    start = "| blasst:0.5 | 50.0 ± 17.7 | -12.5 ± 19.8 | 0.2 / 0.2 | 4.48 / 4.48"
+    assert f"{start} | {spread} |" in text
+    assert f"| {spread} | 0.50x (4 s) | 0.50x (5/s) |" in text
+    assert f"| {spread} | 2.00x (1 s) | 2.00x (20/s) |" in text
+    assert "| a | 1024 | 2/2 | 50 ± 50 |" in text
+    assert "| blasst:0.5 | prefill | 50% | 10% | 10% | 0.1 | 0.02 | 0.2 |" in text
+    assert "| blasst:0.5 | decode | 50% | 10% | 10% | 0.1 | 0.02 | 0.2 |" in text
     assert "| blasst:0.5 | 2048 tokens | 2048 tokens |" in text
-    for line in text.splitlines():  # every row of a table has as many cells as its head
-        assert not line.startswith("|") or line.count("|") in (4, 5, 9)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "samples", "shown"),
+    [
+        (1.0, 0.0, 16, "16/16"),
+        (0.0, 0.0, 16, "0/16"),
+        (0.25, 0.0, 16, "25 ± 0"),
+        (0.75, 0.1118, 16, "75 ± 11"),
+        (1.0, None, 1, "1/1"),
+        (0.5, None, 1, "50"),
+    ],
+)
+def test_an_accuracy_without_spread_says_of_how_many(mean, error, samples, shown):
+    assert task_points(mean, error, samples) == shown
+
+
+def test_a_break_even_at_the_shortest_length_may_lie_below_it(result):
+    for each in result["cells"]:
+        each["length"] = 2048
+    result["cells"] = result["cells"][4:]
+    result["configuration"]["lengths"] = [2048]
+    text = markdown(result)
+    assert "| blasst:0.5 | at most 2048 tokens | at most 2048 tokens |" in text
+    assert "### 2048 tokens" not in text

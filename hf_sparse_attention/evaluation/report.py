@@ -31,30 +31,29 @@ def write_report(result: Mapping[str, Any], path: str | Path) -> None:
 def render(result: Mapping[str, Any]) -> str:
     """The HTML of the report."""
     names = summary.settings_of(result)
-    about = result["configuration"]
+    about = {**result["configuration"], "samples": markdown.counts(result)}
+    lengths = about["lengths"]
     data = {
         "title": result["model"]["name"],
+        "head": markdown.head(result),
         "facts": {
             "model": f"{result['model']['class']}, {result['model']['parameters']:,} parameters, "
             f"{result['model']['dtype']}, weights {result['model']['weights']}",
             **{name.replace("_", " "): value for name, value in about.items()},
             "thresholds": _thresholds(result),
             **{name.replace("_", " "): value for name, value in result["machine"].items()},
-            "minutes on tasks": round(result["seconds"] / 60, 1),
+            "minutes of measuring": round(result["seconds"] / 60, 1),
         },
         "legend": markdown.LEGEND,
         "settings": _table(markdown.SETTING_COLUMNS, markdown.setting_cells(result)),
         "lengths": {
             length: _table(markdown.SETTING_COLUMNS, markdown.setting_cells(result, [length]))
-            for length in about["lengths"]
+            for length in (lengths if len(lengths) > 1 else ())
         },
-        "certificates": [
-            {"setting": row["setting"], "phase": phase, **row[phase]}
-            for row in summary.by_setting(result)
-            for phase in ("prefill", "decode")
-            if row[phase]["max"] is not None
-        ],
+        "skipped": _table(markdown.SKIPPED_COLUMNS, markdown.skipped_cells(result)),
+        "skipped_note": markdown.SKIPPED,
         "tasks": _table(["task", "tokens", *names], markdown.task_cells(result)),
+        "tasks_note": markdown.TASK_LEGEND,
         "break_even": _table(markdown.BREAK_EVEN_COLUMNS, markdown.break_even_cells(result)),
         "break_even_note": markdown.BREAK_EVEN.replace("`", ""),
     }
@@ -69,11 +68,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, A
 
 
 def _thresholds(result: Mapping[str, Any]) -> str:
-    """Where they are from, in words: settings of the user's would fill pages."""
+    """Where they are from, with all that is known: settings of the user's would fill pages."""
     if not result["calibration"]:
-        return "none needed"
-    given = not isinstance(result["configuration"]["thresholds"], str)
-    source = "given" if given else "calibrated for this evaluation"
+        return markdown.thresholds(result)
     (about, *_) = result["calibration"].values()
-    told = [f"{name}: {html_report.number(value)}" for name, value in about.items()]
-    return "; ".join([source, *told])
+    told = [
+        f"{name.replace('_', ' ')}: {html_report.number(value)}" for name, value in about.items()
+    ]
+    return "; ".join([markdown.thresholds(result), *told])

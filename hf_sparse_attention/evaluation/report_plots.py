@@ -19,13 +19,16 @@ _SPEEDUPS = {"first_token_speedup": "time to first token", "decode_speedup": "de
 
 def accuracy_against_sparsity(result: Result) -> bytes | None:
     """A panel for each length: accuracy over the sparsity measured in prefill."""
-    return _against(result, "share of blocks skipped in prefill", _sparsity, None)
+    return _against(result, "blocks skipped in prefill, %", _sparsity, limits=(-4.0, 104.0))
 
 
 def accuracy_against_speed(result: Result) -> bytes | None:
     """A panel for each length: accuracy over the time to first token, against dense."""
     return _against(
-        result, "time to first token, times faster", lambda row: row["first_token_speedup"], 1.0
+        result,
+        "time to first token, times faster",
+        lambda row: row["first_token_speedup"],
+        mark=1.0,
     )
 
 
@@ -54,40 +57,63 @@ def speed_against_length(result: Result) -> bytes | None:
             axis.set(xlabel="tokens", ylabel="times faster than dense")
             axis.set_xticks(lengths, [str(length) for length in lengths])
             axis.minorticks_off()
-        _legend(made.figure, axes[0])
+        _legend(made.figure, axes)
     return made.svg
 
 
 def depth_maps(result: Result) -> bytes | None:
-    """A heat map for each setting: the mean score by needle depth and length."""
+    """A heat map for each setting: the mean score by needle depth and length.
+
+    With one length only, a column of one map for each setting.
+    """
     maps = summary.depths(result)
     if not maps:
         return None
-    columns = min(4, len(maps))
-    rows = -(-len(maps) // columns)
-    with drawing(2.4 * columns + 0.6, 2.6 * rows) as made:
-        axes = made.figure.subplots(rows, columns, squeeze=False)
+    lengths = sorted({row["length"] for found in maps.values() for row in found})
+    if len(lengths) == 1:
+        columns = {
+            name: {row["depth"]: row["accuracy"] for row in found} for name, found in maps.items()
+        }
+        with drawing(1.6 + 0.75 * len(maps), 4.6) as made:
+            axis = made.figure.subplots()
+            image = _depth_map(axis, columns)
+            axis.set_xticks(range(len(maps)), list(maps), rotation=30, ha="right")
+            axis.set_title(f"{lengths[0]} tokens")
+            made.figure.colorbar(image, ax=axis, label="mean score, points")
+        return made.svg
+    across = min(4, len(maps))
+    down = -(-len(maps) // across)
+    with drawing(2.4 * across + 0.6, 3.0 * down) as made:
+        axes = made.figure.subplots(down, across, squeeze=False)
         for axis, item in zip_longest(axes.flat, maps.items()):
             if item is None:
                 axis.set_visible(False)
                 continue
             name, found = item
-            image = _depth_map(axis, found)
-            axis.set_title(name)
-        made.figure.colorbar(image, ax=axes, label="mean score")
+            by_length: dict[str, dict[float, float]] = {str(length): {} for length in lengths}
+            for row in found:
+                by_length[str(row["length"])][row["depth"]] = row["accuracy"]
+            image = _depth_map(axis, by_length)
+            axis.set(title=name, xlabel="tokens")
+        made.figure.colorbar(image, ax=axes, label="mean score, points")
     return made.svg
 
 
-def _depth_map(axis: Any, found: Sequence[Mapping[str, Any]]) -> Any:
-    depths = sorted({row["depth"] for row in found})
-    lengths = sorted({row["length"] for row in found})
-    score = {(row["depth"], row["length"]): row["accuracy"] for row in found}
-    values = [[score.get((depth, n), float("nan")) for n in lengths] for depth in depths]
-    image = axis.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="RdYlGn")
+def _depth_map(axis: Any, columns: Mapping[str, Mapping[float, float]]) -> Any:
+    """The mean score by depth, a column for each name, with the points written into the cells."""
+    depths = sorted({depth for scores in columns.values() for depth in scores})
+    nothing = float("nan")
+    values = [[100 * x.get(depth, nothing) for x in columns.values()] for depth in depths]
+    image = axis.imshow(values, vmin=0, vmax=100, aspect="auto", cmap="viridis")
+    for row, scores in enumerate(values):
+        for column, score in enumerate(scores):
+            if score == score:  # where there are samples
+                dark = "black" if score > 60 else "white"
+                axis.text(column, row, f"{score:.0f}", ha="center", va="center", size=7, color=dark)
     axis.grid(visible=False)
-    axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axis.set_xticks(range(len(columns)), list(columns))
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axis.set(xlabel="tokens", ylabel="depth")
+    axis.set_ylabel("depth")
     return image
 
 
@@ -95,9 +121,13 @@ def _against(
     result: Result,
     label: str,
     x_of: XOf,
-    mark: float | None,
+    mark: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> bytes | None:
-    """Accuracy with the error of its difference to dense over `x_of(row)`, by family and length."""
+    """Accuracy with the error of its difference to dense over `x_of(row)`, by family and length.
+
+    All panels have the same axes; `mark` is an x that has a line, `limits` are those of x.
+    """
     lengths = result["configuration"]["lengths"]
     families: dict[str, list[str]] = {}
     for name in summary.settings_of(result)[1:]:
@@ -106,8 +136,8 @@ def _against(
         return None
     columns = min(3, len(lengths))
     rows = -(-len(lengths) // columns)
-    with drawing(_WIDTH * columns, _HEIGHT * rows + 0.5) as made:
-        axes = made.figure.subplots(rows, columns, squeeze=False)
+    with drawing(_WIDTH * columns + 0.8 * (columns == 1), _HEIGHT * rows + 0.5) as made:
+        axes = made.figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axis, length in zip_longest(axes.flat, lengths):
             if length is None:
                 axis.set_visible(False)
@@ -119,9 +149,14 @@ def _against(
             for (family, names), (_, colour) in zip(
                 families.items(), _paired(families), strict=True
             ):
-                _line(axis, [found[name] for name in names], x_of, family, colour)
-            axis.set(title=f"{length} tokens", xlabel=label, ylabel="accuracy, points")
-        _legend(made.figure, axes.flat[0])
+                _line(axis, [found[name] for name in names], x_of, family, colour, mark is None)
+            axis.set(title=f"{length} tokens", xlabel=label)
+            if limits is not None:
+                axis.set_xlim(limits)
+            axis.tick_params(labelbottom=True)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy, points")
+        _legend(made.figure, axes)
     return made.svg
 
 
@@ -131,22 +166,32 @@ def _line(
     x_of: XOf,
     family: str,
     colour: str,
+    amounts: bool,
 ) -> None:
+    """One family; with what each setting asks for beside its point, if `amounts` is set."""
     points = sorted(
-        (x, 100 * row["accuracy"], 100 * (row["change_error"] or 0.0))
+        (x, 100 * row["accuracy"], 100 * (row["change_error"] or 0.0), _amount(row["setting"]))
         for row in rows
         if (x := x_of(row)) is not None
     )
     if points:
-        at, y, error = zip(*points, strict=True)
+        at, y, error, asked = zip(*points, strict=True)
         axis.errorbar(
             at, y, yerr=error, fmt="o-", color=colour, markersize=5, capsize=2, label=family
         )
+        for x, height, amount in zip(at, y, asked if amounts else [], strict=amounts):
+            where = {"xytext": (2, 4), "textcoords": "offset points", "size": 7}
+            axis.annotate(amount, (x, height), color=colour, **where)
+
+
+def _amount(name: str) -> str:
+    """What a setting asks for: `0.5` of `blasst:0.5:head`, `k=8` of `bsfa:k=8`."""
+    return [*name.split(":"), ""][1]
 
 
 def _sparsity(row: Mapping[str, Any]) -> float | None:
     sparsity: float | None = row["prefill"]["sparsity"]
-    return sparsity
+    return None if sparsity is None else 100 * sparsity
 
 
 def _paired(names: Any) -> list[tuple[str, str]]:
@@ -154,7 +199,11 @@ def _paired(names: Any) -> list[tuple[str, str]]:
     return [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
 
 
-def _legend(figure: Any, axis: Any) -> None:
-    """One legend for all panels, below them."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+def _legend(figure: Any, axes: Any) -> None:
+    """One legend for all panels, below them, with what any of them shows."""
+    found = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4)

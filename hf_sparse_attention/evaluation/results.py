@@ -44,7 +44,7 @@ def assembled(
             }
             for granularity, config in calibrated.items()
         },
-        "seconds": round(sum(x.get("seconds", 0.0) for x in samples), 1),
+        "seconds": round(sum(x.get("seconds", 0.0) for x in (*samples, *texts)), 1),
         "cells": [
             _cell(task, length, setting, own)
             for (task, length), own in _grouped(samples, ("task", "length"))

@@ -17,7 +17,7 @@ from hf_sparse_attention.calibration.bundled import Kind, bundled
 from hf_sparse_attention.calibration.cost import Cost, HeldOut
 from hf_sparse_attention.calibration.data import token_samples
 from hf_sparse_attention.config import SparseAttentionConfig
-from hf_sparse_attention.evaluation import provenance
+from hf_sparse_attention.evaluation import provenance, summary
 from hf_sparse_attention.evaluation.arguments import (
     checked_lengths,
     checked_samples,
@@ -101,7 +101,7 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        What `evaluation.json` holds: see `results.assembled`.
+        What `evaluation.json` holds: see `results.assembled`; and its `summary.overview`.
 
     Raises:
         ValueError: a bad argument, or a setting that lacks its thresholds; before any work.
@@ -149,6 +149,7 @@ def evaluate(
         _warm_up(plan)
         measured = _run(plan, store, progress)
         result = assembled(configuration, calibrated, *measured)
+        result["summary"] = summary.overview(result)
         write_json(folder / RESULT, result)
     return result
 
@@ -216,7 +217,9 @@ def _run(
             bar.set_postfix_str(unit, refresh=False)
             known = store.get(unit)
             if known is None:
+                began = time.perf_counter()
                 known = {"text": kind, "length": length, "settings": _costs(plan, ids)}
+                known["seconds"] = time.perf_counter() - began
                 store.put(unit, known)
             found[1].append(known)
             bar.update()

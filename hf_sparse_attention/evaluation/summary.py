@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, median, pstdev
+from statistics import fmean, median, pstdev, quantiles
 from typing import Any
 
 from hf_sparse_attention.evaluation.samples import mean_and_standard_error
 from hf_sparse_attention.types import PHASES
 
 DENSE, NEVER = "dense", "never"
-#: By name, what is measured in each cell and whether more of it is slower.
+#: By name, what is measured in each cell, whether more of it is slower, and in which phase.
 SPEEDUPS = {
-    "first_token_speedup": ("first_token_s", True),
-    "decode_speedup": ("tokens_per_s", False),
+    "first_token_speedup": ("first_token_s", True, "prefill"),
+    "decode_speedup": ("tokens_per_s", False, "decode"),
 }
 Result = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -34,9 +34,10 @@ def by_setting(result: Result, lengths: Sequence[int] | None = None) -> Rows:
 
     Accuracies count every task and length alike; `standard_error` is that of this mean. `change` is
     the mean difference to dense on the same samples, with its own error. Speeds are the medians of
-    the samples' ratios to dense. `sparsity` is by phase: the mean over samples, and the standard
-    deviations over `samples`, `layers` and `heads`; `dropped` the certificate's `p50` and `p99`,
-    the medians over samples, and its largest `max`.
+    the samples' ratios to dense. By phase, `sparsity` is the mean over samples, beside its standard
+    deviations over `samples`, `layers` and `heads`; `least` and `most` that of the two heads that
+    skip least and most; and of the certificate `p50` and `p99` are the medians over samples, and
+    `max` the largest.
     """
     wanted = result["configuration"]["lengths"] if lengths is None else lengths
     rows: Rows = []
@@ -95,11 +96,20 @@ def by_length(result: Result) -> Rows:
     ]
 
 
+def overview(result: Result) -> dict[str, Any]:
+    """What `evaluation.json` says in the end: the rows of `by_length`, and who breaks even where.
+
+    JSON-ready.
+    """
+    return {"by_length": by_length(result), "break_even": break_even(result)}
+
+
 def break_even(result: Result, base: str = DENSE) -> dict[str, dict[str, int | None]]:
     """The shortest length from which on a setting is faster than `base`, by setting and speedup.
 
-    Of the lengths measured; None where the longest of them is too short. Empty if `base` was not
-    run.
+    Of the lengths measured; faster are three quarters of the samples, and none where all of the
+    phase ran dense on purpose. None where the longest of the lengths is too short. Empty if `base`
+    was not run.
     """
     if base not in settings_of(result):
         return {}
@@ -107,7 +117,7 @@ def break_even(result: Result, base: str = DENSE) -> dict[str, dict[str, int | N
         setting: {
             name: shortest_faster(
                 {
-                    length: speedup(result, setting, length, name, base)
+                    length: _speedup_of_most(result, setting, length, name, base)
                     for length in result["configuration"]["lengths"]
                 }
             )
@@ -118,17 +128,34 @@ def break_even(result: Result, base: str = DENSE) -> dict[str, dict[str, int | N
     }
 
 
-def speedup(
-    result: Result, setting: str, length: int, name: str, base: str = DENSE
+def speedup(result: Result, setting: str, length: int, name: str) -> float | None:
+    """The median over all tasks' samples of how much faster `setting` is than dense."""
+    return _median([_speedups(result, setting, length, name, DENSE)])
+
+
+def _speedup_of_most(
+    result: Result, setting: str, length: int, name: str, base: str
 ) -> float | None:
-    """The median over all tasks' samples of how much faster `setting` is than `base`."""
-    measure, slower = SPEEDUPS[name]
-    ratios = []
+    """What three quarters of the samples reach; None where all of them ran dense."""
+    *_, phase = SPEEDUPS[name]
+    cells = (x for x in result["cells"] if (x["setting"], x["length"]) == (setting, length))
+    if not any(phase in cell for cell in cells):
+        return None
+    known = _known([_speedups(result, setting, length, name, base)])
+    return quantiles(known, n=4, method="inclusive")[0] if len(known) > 1 else _median([known])
+
+
+def _speedups(
+    result: Result, setting: str, length: int, name: str, base: str
+) -> list[float | None]:
+    """Sample by sample, of all tasks."""
+    measure, slower, _ = SPEEDUPS[name]
+    found = []
     for own, other in _pairs(result, setting, base):
         if own["length"] == length:
             over, under = (other, own) if slower else (own, other)
-            ratios.append(_ratios(over[measure], under[measure]))
-    return _median(ratios)
+            found += _ratios(over[measure], under[measure])
+    return found
 
 
 def _pairs(
@@ -213,6 +240,8 @@ def _skipped(cells: Sequence[Mapping[str, Any]], phase: str) -> dict[str, float 
         "samples": over("sparsity", pstdev),
         "layers": over("layers", fmean),
         "heads": over("heads", fmean),
+        "least": over("least", fmean),
+        "most": over("most", fmean),
         "p50": over("p50", median),
         "p99": over("p99", median),
         "max": over("max", max),
