@@ -24,11 +24,12 @@ SETTING_COLUMNS = (
 LEGEND = """\
 Accuracy: the mean over the tasks, ± its standard error; change: the difference to dense on the same
 samples. Both in points; "all alike": within each task all scores, or all differences, are the same,
-which tells no error. KL: of the next-token distribution from dense's, in nats, and perplexity; both
-in prefill / in decode, on one bundled text of prose and one of code. Skipped: the share of the
-blocks, ± its standard deviation over samples, layers and heads (in this order). First token,
-decoding: times faster than dense (PyTorch's SDPA), the median over the samples; and the time, the
-tokens a second, with blocks counted and certified."""
+which tells no error. KL: of the next-token distribution, in nats, from our kernel's that skips
+nothing (dense's own is rounding), and perplexity; both in prefill / in decode, on one bundled text
+of prose and one of code. Skipped: the share of the blocks, ± its standard deviation over samples,
+layers and heads (in this order). First token, decoding: times faster than dense (PyTorch's SDPA),
+the median over the samples; and the time, the tokens a second, with blocks counted and
+certified."""
 TASK_LEGEND = """\
 In points, ± the standard error. 16/16: all of 16 answers were right, 0/16: none. That tells no
 error, and adds none to that of a mean: after n answers alike, a share of up to 3/n may still be
