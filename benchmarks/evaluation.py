@@ -67,6 +67,13 @@ PLANS = {
         max_new_tokens=64,
         texts=True,
     ),
+    "smollm2_others": Plan(  # the rest of RULER, most of which is too hard for so small a model
+        "smollm2",
+        {2048: 8},
+        ("niah_multikey_3", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+        _FEW_SETTINGS,
+        max_new_tokens=64,
+    ),
     "smollm2_4096": Plan("smollm2", {4096: 25}, settings=_FEW_SETTINGS),
     "smollm2_8192": Plan("smollm2", {8192: 30}, _NEEDLES[:3], _FEW_SETTINGS),
     "smollm2_depths": Plan("smollm2", {2048: 22}, ("needle_depths",)),
