@@ -45,8 +45,8 @@ def _is_stress(result: Result) -> bool:
 
 
 def _model(key: str, result: Result, images: Path) -> Iterator[str]:
-    lengths = result["configuration"]["lengths"]
-    yield f"## {result['model']['name']}, {' and '.join(map(str, lengths))} tokens\n"
+    lengths = " and ".join(map(str, result["configuration"]["lengths"]))
+    yield f"## {result['model']['name']}, {lengths} tokens{text.TITLES.get(key, '')}\n"
     yield _facts(result)
     if key in text.NOTES:
         yield text.NOTES[key] + "\n"
@@ -157,6 +157,7 @@ def _from(even: dict[str, int | None], lengths: Sequence[int]) -> str:
 
 def _by_length(name: str, results: Sequence[Result], images: Path) -> Iterator[str]:
     """What the results of one model have in common, if they are of several lengths."""
+    results = _of_several_lengths(results)
     if len(results) < 2:
         return
     merged = common(results)
@@ -172,6 +173,18 @@ def _by_length(name: str, results: Sequence[Result], images: Path) -> Iterator[s
     yield markdown.table(["tokens", *markdown.SETTING_COLUMNS], rows) + "\n"
     key = f"{name.lower().split('-')[0].replace(' ', '')}_by_length"
     yield from _figures(key, merged, images, ["length", "depth"])
+
+
+def _of_several_lengths(results: Sequence[Result]) -> list[Result]:
+    """The first, and those after it of other lengths with a task in common."""
+    chosen: list[Result] = []
+    for result in results:
+        about = [each["configuration"] for each in (*chosen, result)]
+        lengths = [n for each in about for n in each["lengths"]]
+        tasks = set.intersection(*(set(each["tasks"]) for each in about))
+        if tasks and len(set(lengths)) == len(lengths):
+            chosen.append(result)
+    return chosen
 
 
 def _of_tasks(result: Result, tasks: Sequence[str]) -> Result:

@@ -27,6 +27,8 @@ lets them be.
 {markdown.SKIPPED}
 """
 
+#: What sets a result apart from another of the same model and length, by its file.
+TITLES = {"smollm2_others": ", the rest of RULER"}
 #: What has to be known about a result, by its file.
 NOTES = {
     "smollm2": """\

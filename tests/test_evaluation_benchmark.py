@@ -154,7 +154,9 @@ def test_results_of_one_model_at_several_lengths_are_put_together(tmp_path):
     assert about["settings"] == ["dense", "bsfa:k=8"]
     assert about["lengths"] == [1024, 2048]
     assert about["samples"] == {"1024": 2, "2048": 2}
-    text = evaluation_tables.page({"short": short, "long": long}, tmp_path)
+    others = made(["d"], 2048, ["dense", "bsfa:k=8"], of, at)  # belongs to no other length
+    results = {"short": short, "others": others, "long": long}
+    text = evaluation_tables.page(results, tmp_path)
     (part,) = re.findall(r"## Model, by length\n(.+?)\n## ", text, re.DOTALL)
     assert "Tasks: b; 2 samples at 1024 tokens, 2 at 2048." in part
     assert "| 1024 | never | 50.0 ± 50.0 | -50.0 ± 50.0 |" in part
