@@ -96,7 +96,7 @@ def test_committed_results_are_those_of_the_plans(name):
 def test_an_unknown_plan_is_refused_by_name(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "smollm3")
-    assert "expected plans among smollm2, smollm2_4096" in capsys.readouterr().err
+    assert "expected plans among smollm2, smollm2_others" in capsys.readouterr().err
 
 
 def made(tasks, length, settings, scores, depths):
