@@ -6,12 +6,14 @@ import math
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention.calibration.bundled import KINDS, PARTS, bundled
 from hf_sparse_attention.evaluation.samples import Sample, mean_and_standard_error
@@ -85,6 +87,18 @@ def test_a_sample_does_not_depend_on_how_many_are_made(name: str) -> None:
 def test_too_short_a_length_names_the_one_that_is_needed(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected a length of at least \d+ tokens"):
         TASKS[name].samples(TOKENIZERS["words"], 20, 1, 0)
+
+
+@pytest.mark.parametrize("name", [*TASKS, *STRESS_TASKS])
+def test_a_tokenizer_without_its_files_is_refused_where_prompts_would_grow_for_ever(
+    name: str, tmp_path: Path
+) -> None:
+    """What transformers makes of a folder that holds a model and no tokenizer."""
+    tiny_models.qwen3().config.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert not tokenizer("any text").input_ids
+    with pytest.raises(ValueError, match="expected one that makes tokens of text, got Qwen2"):
+        (TASKS | STRESS_TASKS)[name].samples(tokenizer, 2048, 1, 0)
 
 
 @needle_tasks

@@ -55,6 +55,7 @@ class GrowingTask(ABC):
 
     def samples(self, tokenizer: Any, length: int, count: int, seed: int) -> list[Sample]:
         """See `samples.Task`."""
+        require_tokens(tokenizer)
         made: list[Sample] = []
         units = 0
         for index in range(count):
@@ -92,6 +93,19 @@ class GrowingTask(ABC):
             )
         units = largest(lambda units: tokens(units) <= room, self.smallest, guess)
         return units, drafts[units]
+
+
+def require_tokens(tokenizer: Any) -> None:
+    """Without its files transformers makes a tokenizer that turns any text into nothing.
+
+    Raises:
+        ValueError: `tokenizer` is such a one, whose prompts would grow without end.
+    """
+    if not tokenizer("The grass is green.", add_special_tokens=False).input_ids:
+        raise ValueError(
+            f"tokenizer: expected one that makes tokens of text, got {type(tokenizer).__name__} "
+            f"with a vocabulary of {len(tokenizer)}; are its files beside the model's?"
+        )
 
 
 def largest(fits: Callable[[int], bool], lowest: int, guess: int) -> int:

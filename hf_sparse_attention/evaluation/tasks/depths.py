@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_sparse_attention.evaluation.samples import Sample
-from hf_sparse_attention.evaluation.tasks.base import found_fraction, largest
+from hf_sparse_attention.evaluation.tasks.base import found_fraction, largest, require_tokens
 from hf_sparse_attention.evaluation.tasks.draws import Draws
 from hf_sparse_attention.evaluation.tasks.haystacks import essay, key_word
 from hf_sparse_attention.evaluation.tasks.needles import NeedleTask
@@ -48,6 +48,7 @@ class NeedleDepths:
 
     def samples(self, tokenizer: Any, length: int, count: int, seed: int) -> list[Sample]:
         """See `samples.Task`."""
+        require_tokens(tokenizer)
         return [
             self._sample(
                 tokenizer,
