@@ -79,7 +79,7 @@ def runs(data: dict[str, Any], phase: str, length: int) -> list[str]:
             points.append((s, kl, ratio))
             label = f"k = {setting:g}" if way == "bsfa" else f"target {setting:g}"
             lines.append([NAMES[way], geometry, label, f"{s:.3f}", f"{kl:.2g}", f"{ratio:.4f}"])
-        at = [_between(points, s) for s in AT]
+        at = [kl_at(points, s) for s in AT]
         equal.append([NAMES[way], geometry, *(f"{x:.2g}" if x else "-" for x in at)])
     kinds = len({row["kind"] for row in here})
     return [
@@ -100,7 +100,7 @@ def _where(rows: Sequence[dict[str, Any]], wanted: dict[str, Any]) -> list[dict[
     return [row for row in rows if all(row[name] == x for name, x in wanted.items())]
 
 
-def _between(points: list[tuple[float, float, float]], sparsity: float) -> float | None:
+def kl_at(points: list[tuple[float, float, float]], sparsity: float) -> float | None:
     """KL at `sparsity`, its logarithm taken as linear; up to 0.05 beyond the points."""
     points = sorted(point for point in points if point[1] > 0)  # not where nothing was skipped
     for (low, kl, _), (high, larger, _) in pairwise(points):

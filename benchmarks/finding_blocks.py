@@ -86,6 +86,17 @@ def all_gaps(layers: dict[int, Sequence[Tensor]], geometry: BlockGeometry, order
     return torch.cat(found).sort().values
 
 
+def free_gaps(layers: dict[int, Sequence[Tensor]], geometry: BlockGeometry) -> Tensor:
+    """Those of the blocks that are neither the sink nor on the diagonal, sink first, sorted."""
+    found = []
+    for layer in layers.values():
+        for _, blocks in prefill_rows(layer, geometry):
+            order = sink_first(blocks)
+            front = len({0, *blocks.diagonal} & set(order))
+            found.append(gaps(blocks, order)[:, front:].flatten())
+    return torch.cat(found).sort().values
+
+
 def lambda_for(sparsity: float, sorted_gaps: Tensor) -> float:
     """The lambda that skips this share of the blocks."""
     return math.exp(sorted_gaps[int(sparsity * len(sorted_gaps))].item())

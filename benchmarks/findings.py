@@ -24,6 +24,7 @@ from benchmarks.cpu_attention import machine
 from benchmarks.finding_blocks import (
     ORDERS,
     all_gaps,
+    free_gaps,
     gaps,
     gaps_to_the_end,
     lambda_for,
@@ -83,16 +84,21 @@ def blocks(layers: Layers) -> dict[str, Any]:
 
 
 def length(_: Layers) -> dict[str, Any]:
-    """The lambda that gives a sparsity, over lengths and texts, in prefill."""
+    """The lambda that gives a sparsity, over lengths and texts, in prefill.
+
+    Of all blocks; and of those which are `free`, neither the sink nor on the diagonal.
+    """
     geometry = BlockGeometry(64, 64)
     rows = []
     for kind in ("prose", "code", "needle"):
         for tokens in (512, 1024, 2048, 4096):
             layers = capture(tokens, LAYERS[1::3], bundled(kind))
-            found = all_gaps(layers, geometry, sink_first)
-            lambdas = {str(s): lambda_for(s, found) for s in (0.2, 0.3, 0.4, 0.5)}
-            rows.append({"text": kind, "length": tokens, "lambda": lambdas})
-            print(kind, tokens, lambdas, flush=True)
+            found = all_gaps(layers, geometry, sink_first), free_gaps(layers, geometry)
+            lambdas, free = (
+                {str(s): lambda_for(s, each) for s in (0.2, 0.3, 0.4, 0.5)} for each in found
+            )
+            rows.append({"text": kind, "length": tokens, "lambda": lambdas, "free": free})
+            print(kind, tokens, lambdas, free, flush=True)
     return {"layers": LAYERS[1::3], "rows": rows}
 
 

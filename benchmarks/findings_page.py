@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import findings_text as text
-from benchmarks.table_format import HERE, load, machine_line, table
+from benchmarks.calibration_tables import kl_at
+from benchmarks.table_format import HERE, load, table
 
 PAGE = HERE.parent / "docs" / "findings.md"
 Data = dict[str, Any]
@@ -60,16 +62,52 @@ def blocks(data: Data) -> list[str]:
     return table(head, rows)
 
 
+def granularity(data: Data) -> list[str]:
+    """KL at equal sparsity with thresholds for all, by layer and by head."""
+    shown = {"global": "one for all", "layer": "by layer", "head": "by head"}
+    shares = (0.5, 0.7)
+    head = ["block", "phase", "tokens"]
+    head += [f"KL at {share:.0%} skipped, {name}" for share in shares for name in shown.values()]
+    rows = []
+    for blocks_ in ("64x64", "64x1"):
+        for phase in ("prefill", "decode"):
+            for tokens in sorted({row["length"] for row in data["runs"]}):
+                wanted = {"geometry": blocks_, "phase": phase, "length": tokens}
+                found = [
+                    kl_at(_points(data["runs"], wanted | {"way": way}), share)
+                    for share in shares
+                    for way in shown
+                ]
+                cells = [f"{x:.2g}" if x is not None else "" for x in found]
+                rows.append([blocks_, phase, str(tokens), *cells])
+    return table(head, rows)
+
+
+def _points(rows: list[Data], wanted: Data) -> list[tuple[float, float, float]]:
+    """Sparsity, KL and perplexity ratio of each setting, the means over the kinds of text."""
+    own = [row for row in rows if all(row[name] == x for name, x in wanted.items())]
+    names = ("sparsity", "kl", "perplexity_ratio")
+    points = []
+    for setting in sorted({row["setting"] for row in own}):
+        found = [row for row in own if row["setting"] == setting]
+        sparsity, kl, ratio = (fmean(row[name] for row in found) for name in names)
+        points.append((sparsity, kl, ratio))
+    return points
+
+
 def length(data: Data) -> list[str]:
     lengths = list(dict.fromkeys(row["length"] for row in data["rows"]))
     head = ["text", "sparsity", *(f"lambda L at {n}" for n in lengths), "slope", "at the end"]
+    head += ["slope, free blocks", "at the end"]
     rows = []
     for kind in dict.fromkeys(row["text"] for row in data["rows"]):
         by_length = {row["length"]: row["lambda"] for row in data["rows"] if row["text"] == kind}
+        free = {row["length"]: row["free"] for row in data["rows"] if row["text"] == kind}
         for sparsity in by_length[lengths[0]]:
             lams = [by_length[n][sparsity] for n in lengths]
             cells = [f"{lam * n:.3g}" for lam, n in zip(lams, lengths, strict=True)]
-            cells += [f"{slope(lengths, lams):.2f}", f"{slope(lengths[-2:], lams[-2:]):.2f}"]
+            for each in (lams, [free[n][sparsity] for n in lengths]):
+                cells += [f"{slope(lengths, each):.2f}", f"{slope(lengths[-2:], each[-2:]):.2f}"]
             rows.append([kind, f"{float(sparsity):.0%}", *cells])
     return table(head, rows)
 
@@ -168,11 +206,28 @@ class Section:
             "",
             *self.show(data),
             "",
-            f"`{command}`. {machine_line(data)}",
+            f"`{command}`. {_machine(data)}",
         ]
 
 
+def _machine(data: Data) -> str:
+    """What the numbers were measured on, as far as is known."""
+    about = data["machine"]
+    names = [
+        name for name in about.get("cpu", ()) if not name.isdecimal()
+    ]  # not the family's number
+    parts = [*names, f"kernel level {about['level']}", f"torch {about['torch']}"]
+    return "; ".join([*parts, *([about["time"][:10]] if "time" in about else [])]) + "."
+
+
 SECTIONS = (
+    Section(
+        "A threshold for each layer, or each head",
+        "calibration.json",
+        "",
+        granularity,
+        text.GRANULARITY,
+    ),
     Section("In which order to visit the blocks", "findings.json", "order", order, text.ORDER),
     Section("Blocks of 32, 64 or 128", "findings.json", "blocks", blocks, text.BLOCKS),
     Section("Is lambda a / L?", "findings.json", "length", length, text.LENGTH),

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from benchmarks import findings_page
-from benchmarks.finding_blocks import ORDERS, gaps, gaps_to_the_end, losses, prefill_rows
+from benchmarks.finding_blocks import (
+    ORDERS,
+    all_gaps,
+    free_gaps,
+    gaps,
+    gaps_to_the_end,
+    losses,
+    prefill_rows,
+)
 from benchmarks.finding_bounds import BOUNDS
 from hf_sparse_attention.backends import reference
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
@@ -88,3 +96,13 @@ def test_the_page_is_what_the_numbers_make(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(findings_page, "PAGE", tmp_path / "findings.md")
     findings_page.main()
     assert findings_page.PAGE.read_text() == committed
+
+
+def test_free_gaps_are_those_behind_the_sink_and_the_diagonal() -> None:
+    geometry = BlockGeometry(16, 32)
+    layers = {0: one_layer()}
+    free = free_gaps(layers, geometry)
+    cut = [blocks for _, blocks in prefill_rows(layers[0], geometry)]
+    count = sum(len(set(blocks.seen) - {0, *blocks.diagonal}) for blocks in cut)
+    assert len(free) == 4 * count < len(all_gaps(layers, geometry, ORDERS["sink first"]))
+    assert free.isfinite().all(), "none of them is the first of its row"
