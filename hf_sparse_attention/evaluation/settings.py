@@ -31,8 +31,10 @@ DEFAULT_SETTINGS = (
     "blasst:0.5",
     "blasst:0.7",
     "blasst:0.5:head",
+    "bsfa:k=8",
     "bsfa:k=16",
     "budget:0.02",
+    "budget:0.1",
     "window:0.5",
 )
 
