@@ -9,7 +9,7 @@ import pytest
 from browser import CHROMIUM, XHTML, colours_of, refers_outside
 from test_evaluation_summary import cell, skipped
 
-from hf_sparse_attention.evaluation import summary
+from hf_sparse_attention.evaluation import report_plots, summary
 from hf_sparse_attention.evaluation.report import write_report
 
 SETTINGS = ["dense", "blasst:0.3", "blasst:0.5", "blasst:0.5:head", "window:0.5"]
@@ -93,6 +93,17 @@ def test_every_figure_is_a_picture_with_a_description(page):
         svg = base64.b64decode(image.get("src").removeprefix("data:image/svg+xml;base64,"))
         texts = "".join(ElementTree.fromstring(svg).itertext())
         assert re.search(r"tokens", texts)
+
+
+def test_the_legend_names_what_only_a_later_panel_shows(result):
+    """Short inputs run dense on purpose: there is no sparsity to show in the first panel."""
+    cells = [
+        {k: x for k, x in each.items() if k != "prefill" or each["length"] > 1024}
+        for each in result["cells"]
+    ]
+    svg = report_plots.accuracy_against_sparsity({**result, "cells": cells})
+    texts = {element.text for element in ElementTree.fromstring(svg).iter()}
+    assert {"blasst", "blasst, by head", "window"} <= texts
 
 
 def test_the_same_result_gives_the_same_file(result, page, tmp_path):
