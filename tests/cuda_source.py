@@ -38,7 +38,7 @@ class Totals(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ("launches", "blocks", "products", "copies", "bank_conflicts")
+        for name in ("launches", "blocks", "products", "copies", "byte_products", "bank_conflicts")
     ]
 
 

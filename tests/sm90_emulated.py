@@ -51,6 +51,9 @@ class Params(ctypes.Structure):
         *_fields(ctypes.c_void_p, "sinks valid requests out lse counts skips dropped"),
         *_fields(ctypes.c_int32, "skip_bytes splits split_blocks"),
         *_fields(ctypes.c_void_p, "splits_seen partial_out partial_sums"),
+        *_fields(ctypes.c_void_p, "int8_keys"),
+        *_fields(ctypes.c_int32, "int8_chunks int8_width"),
+        *_fields(ctypes.c_void_p, "open_blocks"),  # which the runner makes room for
     ]
 
 
@@ -125,8 +128,11 @@ def decode(
     rings: Rings | None,
     seed: int = 0,
 ) -> AttentionResult:
-    """Computes a decode with `rings`; with None, by the kernel of sm_80."""
-    problem = _Problem(call, rule, geometry, dropped_mass=True)
+    """Computes a decode with `rings`; with None, by the kernel of sm_80.
+
+    With an int8 copy of K there is no certificate, which would need what is not read.
+    """
+    problem = _Problem(call, rule, geometry, dropped_mass=call.int8_keys is None)
     os.environ["BSA_EMULATOR_SEED"] = str(seed)
     failure = library().decode(problem.params, rings)
     assert failure is None, failure.decode()
@@ -159,6 +165,7 @@ class _Problem:
         partial_out, partial_sums = (torch.full((*partial, n), math.nan) for n in (v_size, 4))
         request = requests(call)
         valid = None if call.key_valid is None else call.key_valid.contiguous()
+        chunks = 0 if call.int8_keys is None else call.int8_keys.shape[2] - 1
         sinks = None if call.sinks is None else call.sinks.float().contiguous()
         rules = [rule.log_lambda, rule.block_threshold, rule.max_dropped_mass]
         rules = [None if x is None else x.float() for x in rules]
@@ -177,6 +184,8 @@ class _Problem:
             *map(pointer, (sinks, valid, request, out, lse, counts, skips, dropped)),
             *(skip_bytes, splits, split_blocks, None),
             *map(pointer, (partial_out, partial_sums)),
+            pointer(call.int8_keys),
+            *(chunks, -(-head_size // 4) * 4),
         )
         self.held = (call, rules, sinks, valid, request, partial_out, partial_sums)
         bits = skips[:-4].reshape(batch, voters, n_rows, skip_bytes)

@@ -1,5 +1,6 @@
 // The sm_90a kernels as functions of a shared library that needs no GPU: for tests.
 #include "decode_sm80.cuh"
+#include "prove.cuh"
 #include "requests.cuh"
 #include "sm90/decode_launch.cuh"
 #include "sm90/launch.cuh"
@@ -34,6 +35,12 @@ void run_decode(const Params& p, const sm90::Rings* rings) {
   if (p.valid) {
     start(count_splits_kernel<kBlockK>, dim3(p.Lq, p.B), kThreads, 0, nullptr, p, seen.data());
     with_seen.splits_seen = seen.data();
+  }
+  std::vector<int32_t> open;
+  if (p.int8_keys.data) {
+    open.resize(size_t(p.B) * p.Hkv * p.Lq * p.splits * (1 + p.split_blocks), -1);
+    with_seen.open_blocks = open.data();
+    start(prove_kernel<T, kD>, dim3(p.splits, p.Lq * p.Hkv, p.B), kThreads, 0, nullptr, with_seen);
   }
   if (rings) {
     sm90::launch_decode<sm90::Decode<T, kD, kDv, kBlockK>>(with_seen, nullptr, *rings);

@@ -122,7 +122,8 @@ def test_nothing_spills(library: Path, architecture: str) -> None:
     """
     text = cuobjdump("-res-usage", "-arch", architecture, str(library))
     used = re.findall(r"Function (\S+):\n.*? REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    assert len(used) >= 42 + 5  # by head sizes, dtype, block_k and skipping; and the shared ones
+    # By head sizes, dtype, block_k and skipping; the shared ones; and those of the int8 copy of K.
+    assert len(used) >= 42 + 5 + 14
     for name, registers, stack, local in used:
         few = architecture == "sm_90" or "ELi256ELi256ELi64ELb1E" in name
         assert int(stack) + int(local) <= (24 if few else 0), name
@@ -161,6 +162,19 @@ def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
     else:
         assert flow.count(skipping, "LDGSTS") == keys_copied
         assert flow.count(whole, "LDGSTS") == keys_copied + values_copied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 128, 192, 256])
+def test_the_proof_is_integer_products_of_the_copy_as_it_lies(library: Path, size: int) -> None:
+    """32 keys of a warp: loads of 16 bytes, which are operands, and as many products as needed."""
+    flow = Flow(code_of(library, f"prove_kernelINS0_8BFloat16ELi{size}E"))
+    assert flow.count(set(range(len(flow.blocks))), "HMMA.16816") == size // 16  # the seed's
+    scan = flow.loop_through("IMMA.16832.S8.U8", set())
+    assert flow.count(scan, "IMMA.16832.S8.U8") == 4 * size // 32
+    assert flow.count(scan, "128.CONSTANT") == 2 * size // 32 + 6  # keys, and three bounds of eight
+    assert flow.count(scan, "BAR.SYNC") == 2  # a round of 128 keys, and a stretch of 1024
+    assert not flow.count(scan, "HMMA")
 
 
 @pytest.mark.slow

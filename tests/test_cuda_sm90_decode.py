@@ -12,7 +12,10 @@ import torch
 from kernel_checks import check
 from sm90_emulated import Rings
 from test_cuda_sm90_emulated import RULES, make_call, padded
+from test_int8_keys import assert_same as assert_same_numbers
+from test_int8_keys import separated
 
+from hf_sparse_attention import Int8Keys
 from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeometry, SkipRule
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -160,3 +163,39 @@ def test_strided_inputs() -> None:
     expected = sm90_emulated.decode(call, RULES["blasst"], GEOMETRY, RINGS["demand"])
     found = sm90_emulated.decode(replace(call, **views), RULES["blasst"], GEOMETRY, RINGS["demand"])
     assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("cpu_kernel")  # which makes the copies
+@pytest.mark.parametrize("rings", RINGS)
+def test_what_an_int8_copy_proves_is_not_read(rings: str) -> None:
+    """What comes is the seed, and what is not proved: no step, no copy, no slot for the rest."""
+    rule = SkipRule.blasst(1e-3)
+    for seed, split_k, shape in ((0, 1024, {}), (1, 256, {}), (6, 4096, {"size": 128})):
+        torch.manual_seed(seed)
+        call = separated(torch.bfloat16 if shape else torch.float16, 1408, **shape)
+        geometry = BlockGeometry(64, 64, split_k=split_k)
+        copy = Int8Keys.of(call.k).data
+        want = sm90_emulated.decode(call, rule, geometry, None)
+        far = call.k[..., 0] == 0
+        far[:, :, -128:] = False  # the newest block is always read
+        call.k[far] = torch.nan
+        got = sm90_emulated.decode(
+            replace(call, int8_keys=copy), rule, geometry, RINGS[rings], seed
+        )
+        assert_same_numbers(got, want)
+        assert got.counts is not None
+        assert got.counts[0, 0].tolist() == [22, 18]
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+@pytest.mark.parametrize("name", CALLS)
+def test_an_int8_copy_changes_nothing(name: str) -> None:
+    call = made(**CALLS[name])
+    if call.softcap:
+        pytest.skip("with a softcap it is not used")
+    copied = replace(call, int8_keys=Int8Keys.of(call.k).data)
+    for rule in (SkipRule.blasst(0.2), SkipRule.bsfa(0.5)):
+        want = sm90_emulated.decode(call, rule, GEOMETRY, RINGS["demand"])
+        for rings in ("demand", "deep, ahead"):
+            found = sm90_emulated.decode(copied, rule, GEOMETRY, RINGS[rings], 1)
+            assert_same_numbers(found, want)

@@ -55,6 +55,11 @@ DECODE_RIGHT = {
     "V ahead from the start": replace(DECODE, starts_ahead=True),
     "rings of three": replace(DECODE, k_slots=3, v_slots=3, starts_ahead=True),
     "three warps": replace(DECODE, steps=3, warps=3),
+    # Where an int8 copy of K proves blocks to be skipped, they are no steps: few may be left.
+    "fewer steps than slots": replace(DECODE, steps=2, k_slots=3, v_slots=3, warps=3),
+    "fewer steps than slots, V ahead": replace(
+        DECODE, steps=3, k_slots=4, v_slots=4, starts_ahead=True
+    ),
 }
 
 

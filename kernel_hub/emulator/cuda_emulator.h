@@ -76,7 +76,7 @@ struct Barrier {
 
 // What is watched over all launches, for tests to look at.
 struct Totals {
-  uint64_t launches = 0, blocks = 0, products = 0, copies = 0;
+  uint64_t launches = 0, blocks = 0, products = 0, copies = 0, byte_products = 0;
   uint64_t bank_conflicts = 0;  // of ldmatrix: phases that take longer than one turn
 };
 

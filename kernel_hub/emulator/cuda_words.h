@@ -74,9 +74,26 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   });
   return mine.votes;
 }
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  expect_whole_warp(mask);
+  struct {
+    unsigned in, out;
+  } mine{value, 0};
+  emulator::together("redux.or", mine, [](auto** all) {
+    unsigned found = 0;
+    for (int i = 0; i < emulator::kWarp; ++i) found |= all[i]->in;
+    for (int i = 0; i < emulator::kWarp; ++i) all[i]->out = found;
+  });
+  return mine.out;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == 0xFFFFFFFFu; }
 inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
 
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;

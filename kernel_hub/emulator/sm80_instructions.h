@@ -104,4 +104,36 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   });
 }
 
+// mma.sync.m16n8k32 of signed by unsigned bytes, row by column, 32-bit sums.
+inline void multiply_bytes(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct {
+    int* d;
+    const uint32_t *a, *b;
+  } mine{d, a, b};
+  together("mma.s8", mine, [&](auto** all) {
+    ++totals.byte_products;
+    int left[16][32], right[32][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int group = lane / 4, four = 4 * (lane % 4);
+      for (int i = 0; i < 4; ++i)
+        for (int x = 0; x < 4; ++x)
+          left[group + 8 * (i % 2)][four + 16 * (i / 2) + x] = int8_t(all[lane]->a[i] >> 8 * x);
+      for (int i = 0; i < 2; ++i)
+        for (int x = 0; x < 4; ++x)
+          right[four + 16 * i + x][group] = uint8_t(all[lane]->b[i] >> 8 * x);
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        for (int k = 0; k < 32; ++k) all[lane]->d[i] += left[row][k] * right[k][column];
+      }
+  });
+}
+
+// ld.global of 16 bytes.
+inline void load_16(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load of 16 bytes from a misaligned address");
+  std::memcpy(to, from, 16);
+}
+
 }  // namespace emulator

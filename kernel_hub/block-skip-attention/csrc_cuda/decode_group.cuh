@@ -12,8 +12,6 @@
 
 namespace bsa::cuda {
 
-constexpr int kMaxGroup = 16;  // heads of a group: the rows of one product
-
 // What the warps tell each other of a row: its maximum in their keys, and their share of its sum.
 struct Exchange {
   float most[kWarps][kMaxGroup], l[kWarps][kMaxGroup];
@@ -45,19 +43,14 @@ struct Decision {
 
 // C says the type of the elements, sizes, and how blocks lie in shared memory.
 template <class C>
-struct Group {
+struct Group : Work {
   using Type = typename C::Type;
   static constexpr int kSteps = C::kHead / 16, kMyKeys = C::kBlockK / kWarps;
   static constexpr bool kHoldsRules = C::kHead <= 192;  // else there are no registers for them
   using Scores = float[kMyKeys / 8][4];
   using Weights = uint32_t[kMyKeys / 16][4];
 
-  const Params& p;
-  const int split, kv_head, row, batch, first_head;
-  const Request r;
-  const int here;      // the row's position
   const int keys_end;  // from here on there may be anything in V, NaN too
-  const int vote_row;  // decisions are numbered from the first row that may see a key
   const SplitBlocks blocks;
   const bool is_first;
   const int count;     // steps; 0 where there is nothing to add
@@ -72,32 +65,21 @@ struct Group {
 
   // Of a thread block in a grid (splits, Lq * Hkv, B).
   __device__ __forceinline__ explicit Group(const Params& p_)
-      : p(p_),
-        split(blockIdx.x),
-        kv_head(blockIdx.y % p_.Hkv),
-        row(blockIdx.y / p_.Hkv),
-        batch(blockIdx.z),
-        first_head(kv_head * p_.group),
-        r(request_of(p_, batch)),
-        here(r.offset + row),
+      : Work(p_),
         keys_end(p_.causal ? min(r.keys, here + 1) : r.keys),
-        vote_row(p_.causal ? max(row - first_row(p_, r), 0) : row),
-        blocks(blocks_of_split<C::kBlockK>(p_, r, split, here)),
+        blocks(blocks_of_work()),
         is_first(split == 0),
-        count(is_first || blocks.end > blocks.begin ? blocks.count() : 0),
+        count(is_first || blocks.own ? blocks.seeds + blocks.own : 0),
         splits(float(p_.splits_seen ? p_.splits_seen[batch * p_.Lq + row] : blocks.splits)) {}
 
   __device__ __forceinline__ int block(int t) const { return blocks.at(p, t); }
   // Whether a step's values are wanted, if it is kept.
   __device__ __forceinline__ bool adds_values(int t) const { return is_first || t >= blocks.seeds; }
   __device__ __forceinline__ static int my_keys() { return warp_index() * kMyKeys; }
-  // Which head of the group the lane's rows are; there may be no such head.
-  __device__ __forceinline__ static int member(int x) { return lane_index() / 4 + 8 * x; }
-  __device__ __forceinline__ bool is_real(int x) const { return member(x) < p.group; }
 
   // Reads Q and the rules, which may take a while.
   __device__ __forceinline__ void begin() {
-    load_q();
+    load_q(q);
     if constexpr (kHoldsRules)
       for (int x = 0; x < 2; ++x) rules[x] = read_rule(x);
 #pragma unroll
@@ -146,8 +128,7 @@ struct Group {
         in_seed || (p.threshold.data && (block == blocks.newest || (p.keep_sink && block == 0)));
     d.skip = __all_sync(kAllLanes, agree) && d.seen && !must_keep;
     visited += d.seen && (!in_seed || is_first), skipped += d.skip, decided += !in_seed;
-    if (d.skip && p.skips && threadIdx.x == 0)
-      mark_skipped(p, (int64_t(batch) * p.Hkv + kv_head) * p.NQ + vote_row, block);
+    if (d.skip && p.skips && threadIdx.x == 0) mark_skipped(p, voter_row(), block);
     return d;
   }
 
@@ -197,33 +178,14 @@ struct Group {
       sums[0] = rows[x].m, sums[1] = exchange.sum_of(member(x));
       sums[2] = rows[x].top, sums[3] = rows[x].c;
     }
-    // Positions after the last valid key are padding.
-    if (int(threadIdx.x) < p.group && (!p.causal || here < r.keys)) {
-      auto* counts = p.counts + (int64_t(batch) * p.Hq + first_head + threadIdx.x) * 2;
-      if (visited) atomicAdd(counts, static_cast<unsigned long long>(visited));
-      if (skipped) atomicAdd(counts + 1, static_cast<unsigned long long>(skipped));
-    }
+    add_counts(visited, skipped);
   }
 
  private:
-  __device__ __forceinline__ RowRule read_rule(int x) const {
-    return rule_of(p, batch, first_head + (is_real(x) ? member(x) : 0), vote_row);
-  }
-
-  // As left factors, straight from global memory; no head, no dimension: zeros.
-  __device__ __forceinline__ void load_q() {
-    const auto* data = static_cast<const uint16_t*>(p.q.data) + batch * p.q.batch +
-                       first_head * p.q.head + row * p.q.row;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at_row = lane_index() / 4 + 8 * (i % 2);
-        const int column = 16 * step + 2 * (lane_index() % 4) + 8 * (i / 2);
-        const bool there = at_row < p.group && column < p.D;
-        q[step][i] =
-            there ? *reinterpret_cast<const uint32_t*>(data + at_row * p.q.head + column) : 0;
-      }
+  __device__ __forceinline__ SplitBlocks blocks_of_work() const {
+    SplitBlocks found = blocks_of_split<C::kBlockK>(p, r, split, here);
+    if (p.open_blocks) found.visit_listed(p, list_at());
+    return found;
   }
 
   __device__ __forceinline__ void write_shares(float* shares, int64_t first_at, int64_t step) {

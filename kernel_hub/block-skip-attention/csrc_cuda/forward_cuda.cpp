@@ -1,34 +1,16 @@
 // The forward's binding for CUDA: from tensors to Params, its outputs, and the launches. Nothing
 // here waits for the GPU or looks at a value there, and what is allocated depends on shapes only,
 // so that a call can be captured in a CUDA graph.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <cstdlib>
 #include <string_view>
 
-#include "../csrc/arguments.h"
-#include "../torch-ext/torch_binding.h"
-#include "launch.h"
+#include "bindings.h"
 #include "sm90/calls.h"
 
 using bsa::MaybeTensor, bsa::ScalarType, bsa::Tensor;
-using bsa::cuda::Params;
-
-// Weak, so that the library loads beside a torch without CUDA: its schema and fakes work there.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                            void** stream);
+using bsa::cuda::data, bsa::cuda::Params, bsa::cuda::strided;
 
 namespace {
-
-bsa::cuda::Stream current_stream([[maybe_unused]] const Tensor& q) {
-  void* stream = nullptr;
-#if !defined(BSA_EMULATE)
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "block_skip_attention: torch has no CUDA");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream) == 0,
-                  "block_skip_attention: torch does not say what its current stream is");
-#endif
-  return stream;
-}
 
 // The tensor as the kernels read it: the last dimension contiguous, everything 16-byte aligned.
 bool is_aligned(const Tensor& x) {
@@ -40,18 +22,6 @@ Tensor aligned(const Tensor& x) {
   if (is_aligned(x)) return x;
   const Tensor dense = torch::stable::contiguous(x);
   return is_aligned(dense) ? dense : torch::stable::clone(dense);
-}
-
-bsa::cuda::Strided strided(const Tensor& x) {
-  bsa::cuda::Strided s;
-  s.data = x.const_data_ptr();
-  s.batch = x.stride(0), s.head = x.stride(1), s.row = x.stride(2);
-  return s;
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 int32_t dtype_of(const Tensor& x) {
@@ -80,7 +50,7 @@ void check_limits(const Params& p, const bsa::cuda::Device& device) {
 // Scratch memory for decode, to be kept until the kernels are on the stream.
 struct Scratch {
   Tensor out, sums;
-  std::optional<Tensor> seen;
+  std::optional<Tensor> seen, open;
 };
 
 Scratch prepare_decode(Params& p, const Tensor& q, int64_t split_k, bsa::cuda::Stream stream) {
@@ -90,12 +60,18 @@ Scratch prepare_decode(Params& p, const Tensor& q, int64_t split_k, bsa::cuda::S
   p.splits = int32_t((all + p.split_blocks - 1) / p.split_blocks);
   Scratch scratch{torch::stable::new_empty(q, {p.B, p.Hq, p.Lq, p.splits, p.Dv}, ScalarType::Float),
                   torch::stable::new_empty(q, {p.B, p.Hq, p.Lq, p.splits, 4}, ScalarType::Float),
-                  std::nullopt};
+                  std::nullopt, std::nullopt};
   p.partial_out = data<float>(scratch.out), p.partial_sums = data<float>(scratch.sums);
   if (p.valid) {  // which may have holes as large as a split
     scratch.seen = torch::stable::new_empty(q, {p.B, p.Lq}, ScalarType::Int);
     bsa::cuda::count_splits(p, data<int32_t>(*scratch.seen), stream);
     p.splits_seen = data<int32_t>(*scratch.seen);
+  }
+  if (bsa::cuda::may_prove(p)) {
+    scratch.open = torch::stable::new_empty(q, {p.B, p.Hkv, p.Lq, p.splits, 1 + p.split_blocks},
+                                            ScalarType::Int);
+    p.open_blocks = data<int32_t>(*scratch.open);
+    bsa::cuda::prove_skips(p, stream);
   }
   return scratch;
 }
@@ -134,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
     Tensor q, Tensor k, Tensor v, MaybeTensor key_valid, MaybeTensor q_offset, MaybeTensor sinks,
     MaybeTensor log_lambda, MaybeTensor block_threshold, MaybeTensor max_dropped_mass, double scale,
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
-    int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass, MaybeTensor) {
+    int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
+    MaybeTensor int8_keys) {
   using bsa::cuda::RuleTensor, bsa::rule_tensor;
   bsa::check_order(order, split_k);
   bsa::check_numbers(scale, window, softcap);
@@ -166,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
   p.budget = rule_tensor<RuleTensor>(max_dropped_mass, "max_dropped_mass", q, {p.B, p.Hq});
   if (sinks) p.sinks = data<float>(*sinks);
   if (key_valid) p.valid = data<uint8_t>(*key_valid);
+  if (int8_keys) p.int8_keys = bsa::cuda::int8_keys(*int8_keys, k, p.Lk);
 
   Tensor out = torch::stable::new_empty(q, {p.B, p.Lq, p.Hq, p.Dv});
   Tensor lse = torch::stable::new_empty(q, {p.B, p.Hq, p.Lq}, ScalarType::Float);
@@ -189,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
 
   q = aligned(q), k = aligned(k), v = aligned(v);
   p.q = strided(q), p.k = strided(k), p.v = strided(v);
-  const bsa::cuda::Stream stream = current_stream(q);
+  const bsa::cuda::Stream stream = bsa::cuda::current_stream(q);
   std::optional<Tensor> requests;
   if (key_valid || q_offset) {
     requests = torch::stable::new_empty(q, {p.B, 4}, ScalarType::Int);

@@ -26,4 +26,10 @@ void prefill_sm80(const Params& p, Stream stream);
 void decode_sm80(const Params& p, Stream stream);  // fills partial_out and partial_sums
 void join_splits(const Params& p, Stream stream);
 
+// The int8 copy of K: enters keys; says whether it may help a decode; and, before one, fills
+// open_blocks.
+void append_int8_keys(const NewKeys& keys, Stream stream);
+bool may_prove(const Params& p);
+void prove_skips(const Params& p, Stream stream);
+
 }  // namespace bsa::cuda

@@ -16,8 +16,9 @@
 namespace bsa::cuda {
 
 constexpr int kDecodeMaxQueries = 8;  // see `phase` in hf_sparse_attention/types.py
+constexpr int kMaxGroup = 16;         // decode: heads of a group are the rows of one product
 
-enum Dtype : int32_t { kFloat16 = 0, kBFloat16 = 1 };
+enum Dtype : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };  // the last one to append only
 enum Order : int32_t { kAscending = 0, kSinkDiagonal = 1, kDescending = 2 };
 
 // A [batch, head, row, x] tensor; strides in elements. x is contiguous, and the address and all
@@ -44,6 +45,29 @@ struct Request {
   int32_t offset = 0;  // the column of query row 0
   int32_t unused = 0;
 };
+
+// The int8 copy of K that a caller keeps beside a cache: uint8 [heads, 1 + chunks, 64 * (width +
+// 12)], see int8_keys.cuh. Null: none.
+struct Int8Keys {
+  uint8_t* data = nullptr;
+  int32_t chunks = 0, width = 0;  // width: the head size, rounded up to whole words
+  BSA_HOST_DEVICE int64_t chunk_bytes() const { return 64 * (int64_t(width) + 12); }
+  BSA_HOST_DEVICE uint8_t* head(int64_t i) const { return data + i * (1 + chunks) * chunk_bytes(); }
+  BSA_HOST_DEVICE uint8_t* chunk(int64_t i, int j) const {
+    return head(i) + (1 + j) * chunk_bytes();
+  }
+};
+
+// New keys [B, Hkv, n, D], to stand at *position and behind.
+struct NewKeys {
+  Strided k;  // any strides, but x is contiguous
+  int32_t dtype = kBFloat16;
+  int32_t B = 0, Hkv = 0, n = 0, D = 0;
+  const int64_t* position = nullptr;  // in device memory
+  Int8Keys copy;
+};
+
+constexpr int kKeysAtOnce = 64;  // new keys of one block of threads
 
 struct Params {
   Strided q, k, v;
@@ -76,6 +100,10 @@ struct Params {
   const int32_t* splits_seen = nullptr;  // [B, Lq]: splits with a block to visit; null: no holes
   float* partial_out = nullptr;          // [B, Hq, Lq, splits, Dv], in units of exp(m)
   float* partial_sums = nullptr;         // [B, Hq, Lq, splits, 4]: m, l, top, c
+  // With an int8 copy of K, which of a split's blocks are not proved to be skipped: their number,
+  // and then they, [B, Hkv, Lq, splits, 1 + split_blocks]. Null: any may be visited.
+  Int8Keys int8_keys;
+  int32_t* open_blocks = nullptr;
 
   BSA_HOST_DEVICE bool decode() const { return Lq <= kDecodeMaxQueries && Lk > Lq; }
   BSA_HOST_DEVICE bool wants_dropped() const {

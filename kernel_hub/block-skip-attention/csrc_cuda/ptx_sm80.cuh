@@ -15,9 +15,14 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct Float16 {
   static constexpr bool kIsBFloat16 = false;
+  static constexpr int kBytes = 2;
 };
 struct BFloat16 {
   static constexpr bool kIsBFloat16 = true;
+  static constexpr int kBytes = 2;
+};
+struct Float32 {
+  static constexpr int kBytes = 4;
 };
 
 #if defined(BSA_EMULATE)
@@ -39,6 +44,16 @@ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t at) {
 template <class Type>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply(d, a, {b0, b1}, Type::kIsBFloat16);
+}
+inline void multiply_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_bytes(d, a, {b0, b1});
+}
+inline void load_words(uint32_t (&to)[4], const void* from) { emulator::load_16(to, from); }
+inline void load_floats(float* to, const float* from) { emulator::load_16(to, from); }
+inline uint32_t or_of_warp(uint32_t x) { return __reduce_or_sync(kAllLanes, x); }
+template <class Type>
+float widen(uint32_t bits) {
+  return emulator::half_of(bits, 0, Type::kIsBFloat16);
 }
 template <class Type>
 uint32_t pack(float low, float high) {
@@ -107,6 +122,42 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// d += a b in integers, with a [16, 32] signed and b [32, 8] unsigned bytes.
+__device__ __forceinline__ void multiply_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes that are read once and by no one else, and not written to by this kernel.
+__device__ __forceinline__ void load_words(uint32_t (&to)[4], const void* from) {
+  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "l"(from));
+}
+__device__ __forceinline__ void load_floats(float* to, const float* from) {
+  asm("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "l"(from));
+}
+
+__device__ __forceinline__ uint32_t or_of_warp(uint32_t x) {
+  return __reduce_or_sync(kAllLanes, x);
+}
+
+// The lower 16 bits, as a float.
+template <class Type>
+__device__ __forceinline__ float widen(uint32_t bits) {
+  float x;
+  if constexpr (Type::kIsBFloat16)
+    x = __uint_as_float(bits << 16);
+  else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+  return x;
 }
 
 // Two floats, each rounded to the nearest 16-bit one.

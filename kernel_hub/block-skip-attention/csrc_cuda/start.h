@@ -10,9 +10,10 @@ namespace bsa::cuda {
 
 #if defined(BSA_EMULATE)
 
-template <class... Rest>
-void start(void (*kernel)(const Params, Rest...), dim3 grid, int threads, int shared_bytes, Stream,
-           const Params& p, Rest... rest) {
+// `First` is Params, or what else a kernel is about.
+template <class First, class... Rest>
+void start(void (*kernel)(First, Rest...), dim3 grid, int threads, int shared_bytes, Stream,
+           const First& p, Rest... rest) {
   emulator::run(grid, dim3(threads), shared_bytes, [&] { kernel(p, rest...); });
 }
 
@@ -24,14 +25,14 @@ inline void check(cudaError_t error) {
                              cudaGetErrorString(error));
 }
 
-template <class... Rest>
-void start(void (*kernel)(const Params, Rest...), dim3 grid, int threads, int shared_bytes,
-           Stream stream, const Params& p, Rest... rest) {
+template <class First, class... Rest>
+void start(void (*kernel)(First, Rest...), dim3 grid, int threads, int shared_bytes, Stream stream,
+           const First& p, Rest... rest) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 << 10)
     check(
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  void* arguments[] = {const_cast<Params*>(&p), &rest...};
+  void* arguments[] = {const_cast<First*>(&p), &rest...};
   check(cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes,
                          static_cast<cudaStream_t>(stream)));
 }

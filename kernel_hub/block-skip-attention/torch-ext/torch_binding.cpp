@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
 #if defined(CUDA_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, BSA_DISPATCH_KEY, ops) {
   ops.impl("forward", TORCH_BOX(&forward_cuda));
+  ops.impl("append_int8_keys", TORCH_BOX(&append_int8_keys_cuda));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {

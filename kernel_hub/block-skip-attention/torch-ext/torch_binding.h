@@ -36,6 +36,9 @@ forward_cuda(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Te
 void append_int8_keys_cpu(torch::stable::Tensor k, torch::stable::Tensor position,
                           torch::stable::Tensor copy);
 
+void append_int8_keys_cuda(torch::stable::Tensor k, torch::stable::Tensor position,
+                           torch::stable::Tensor copy);
+
 // dq, dk, dv and dsinks (empty without sinks).
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
            torch::stable::Tensor>

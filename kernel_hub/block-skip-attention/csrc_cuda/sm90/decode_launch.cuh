@@ -20,9 +20,9 @@ void launch_decode(const Params& p, void* stream, const Rings& rings) {
   const auto map = [&](const Strided& x, int width) {
     return make_map(x, p.dtype, p.B, p.Hkv, p.Lk, width, C::kBlockK, p.q.data);
   };
-  start(decode_kernel<C>, dim3(p.splits, p.Lq * p.Hkv, p.B), cuda::kThreads,
-        C::bytes(rings.keys.bits, rings.values.bits), stream, {map(p.k, p.D), map(p.v, p.Dv)}, p,
-        rings);
+  sm90::start(decode_kernel<C>, dim3(p.splits, p.Lq * p.Hkv, p.B), cuda::kThreads,
+              C::bytes(rings.keys.bits, rings.values.bits), stream, {map(p.k, p.D), map(p.v, p.Dv)},
+              p, rings);
 }
 
 // The smallest pair of head sizes that p fits into: the copy engine brings zeros for the rest.

@@ -16,8 +16,8 @@ void launch(const Params& p, void* stream) {
   };
   const Maps maps = {map(p.q, p.Hq, p.Lq, p.D, kRows), map(p.k, p.Hkv, p.Lk, p.D, C::kBlockK),
                      map(p.v, p.Hkv, p.Lk, p.Dv, C::kBlockK)};
-  start(prefill_kernel<C>, dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), kThreads,
-        Memory<C>::kBytes, stream, maps, p);
+  sm90::start(prefill_kernel<C>, dim3((p.NQ + kPair - 1) / kPair * p.group, p.Hkv, p.B), kThreads,
+              Memory<C>::kBytes, stream, maps, p);
 }
 
 template <class T, int kD, int kDv, int kBlockK>
