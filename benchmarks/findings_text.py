@@ -93,4 +93,5 @@ At lambda 0.1 half of the heads leave out the block with the answer, and seven o
 the answer is up to the heads that keep it, and nothing in the rule looks at which those are. At the
 very start it lies in the sink's block, which is never skipped; towards the end it is skipped less.
 What that does to answers, as a heat map for each setting: the stress tests in
-[evaluation-results.md](evaluation-results.md). SmolLM2 answers nearly always even so."""
+[evaluation-results.md](evaluation-results.md). SmolLM2 answers nearly always even so:
+21 of 22 questions with 70% of the blocks skipped."""
