@@ -53,6 +53,6 @@ answer is up to those that keep it."""
 BY_LENGTH = """\
 The tasks that all lengths have in common. Thresholds are calibrated at each length anew."""
 TIMES = """\
-Each plan on one thread; two of them at a time on two cores take half of it all. Calibration comes on
-top, and is a minute or two up to 4096 tokens. All of it can be cut off at any time, and goes on
-where it was."""
+Each plan on one thread; two at a time on two cores take half of it all. Calibration comes on top,
+and is a minute or two up to 4096 tokens. All of it can be cut off at any time, and goes on where it
+was."""
