@@ -131,6 +131,43 @@ def int8(data: Data) -> list[str]:
     return table(head, rows)
 
 
+def int8_bytes(row: Data, size: int) -> float:
+    """What decode has to read for each key in bfloat16: the copy, K and V."""
+    read = row[f"giving_up_{size}"]
+    kept = (1 - read["proved"]) + (1 - row["skipped"])
+    return float((size + 12) * read["scanned"] + 2 * size * kept)
+
+
+def int8_half(rows: list[Data], size: int) -> str:
+    """The sparsity from which the copy halves what decode has to read, between measured ones."""
+    points = [(row["skipped"], int8_bytes(row, size) / (4 * size)) for row in rows]
+    for (low, above), (high, below) in pairwise(points):
+        if above >= 0.5 >= below:
+            return f"{low + (above - 0.5) / (above - below) * (high - low):.1%}"
+    return ""
+
+
+def int8_decode(data: Data) -> list[str]:
+    sizes = (64, 128)
+    head = ["skipped", "lambda", "proved"]
+    for size in sizes:
+        head += [f"bytes a key at D={size}, of {4 * size}: skipping", "with the copy", "at most"]
+    rows = []
+    for row in data["lengths"][-1]["rows"]:
+        cells = [f"{row['skipped']:.1%}", f"{row['lambda']:.3g}", f"{row['proved']:.1%}"]
+        for size in sizes:
+            skipping, copied = 2 * size * (2 - row["skipped"]), int8_bytes(row, size)
+            speed = f"{4 * size / skipping:.2f}x, {4 * size / copied:.2f}x"
+            cells += [f"{skipping:.0f}", f"{copied:.0f}", speed]
+        rows.append(cells)
+    halves = [
+        [str(found["length"]), *(int8_half(found["rows"], size) for size in sizes)]
+        for found in data["lengths"]
+    ]
+    head_of_halves = ["keys", *(f"reads halved from, D={size}" for size in sizes)]
+    return [*table(head, rows), "", *table(head_of_halves, halves)]
+
+
 def certificate(data: Data) -> list[str]:
     head = ["block", "lambda", "skipped", "error", "dropped mass p50 / p99 / max"]
     head += ["certificate p50 / p99 / max", "certificate over truth, median"]
@@ -232,6 +269,13 @@ SECTIONS = (
     Section("Blocks of 32, 64 or 128", "findings.json", "blocks", blocks, text.BLOCKS),
     Section("Is lambda a / L?", "findings.json", "length", length, text.LENGTH),
     Section("What a bound proves without the keys", "findings.json", "int8", int8, text.INT8),
+    Section(
+        "What an int8 copy proves in decode",
+        "int8_decode.json",
+        "",
+        int8_decode,
+        text.INT8_DECODE,
+    ),
     Section(
         "How tight the certificate is",
         "findings.json",

@@ -52,6 +52,19 @@ at all; int8 keys prove most, at a quarter (float32) or half (bfloat16) of the b
 lose: the smaller lambda, the more blocks lie within the bound's margin, and their keys are then
 read after all."""
 
+INT8_DECODE = """\
+Of all blocks that decode visits at 8192 keys, the share that lambda skips, and the share that a
+kept int8 copy of K proves to be skipped, from the seed's maximum alone
+([int8-filter.md](int8-filter.md)). Then what has to be read for each key and head in bfloat16: K
+and the kept share of V; or the part of the copy that is scanned until it does not pay, and the kept
+shares of both. "At most" is how much faster than dense decode either could be if reading were all.
+The shares are those of head size 64, at D=128, too.
+
+Skips come in runs, and nine in ten or more of them are proved, so that a copy pays from half of the
+blocks on. Twice as fast as dense, which skipping V alone can never be, is within reach where the
+second table says, and not at 73%. Where we lose: no time is in this. The seed is read again by
+every split, a second kernel has to start, and bytes may not be what a GPU waits for."""
+
 LENGTH = """\
 For each text and length the lambda that skips a given share, times L: constant along a line if
 lambda were a / L, and then the slope of ln lambda over ln L were -1. Layers 3, 12 and 21.

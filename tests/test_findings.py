@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import findings_page
+from benchmarks import findings_page, int8_decode
 from benchmarks.finding_blocks import (
     ORDERS,
     all_gaps,
@@ -106,3 +106,23 @@ def test_free_gaps_are_those_behind_the_sink_and_the_diagonal() -> None:
     count = sum(len(set(blocks.seen) - {0, *blocks.diagonal}) for blocks in cut)
     assert len(free) == 4 * count < len(all_gaps(layers, geometry, ORDERS["sink first"]))
     assert free.isfinite().all(), "none of them is the first of its row"
+
+
+def test_decode_with_a_copy_counts_what_the_reference_skips() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, h, n, 16, generator=generator) for h, n in ((2, 1), (1, 2200)))
+    call = AttentionCall(q * 6, k, k, scale=1.0)
+    exact, proof = int8_decode.gaps(call.q[0, :, 0], k[0, 0])
+    for lam in (0.01, 0.1, 0.5):
+        counts = reference.run(call, SkipRule.blasst(lam), BlockGeometry()).counts
+        assert (exact < math.log(lam)).sum() == counts[0, 0, 1]
+    assert len(exact) + 2 == counts[0, 0, 0]
+    assert (exact <= proof).all()
+    assert (proof < math.log(0.5)).any(), "the bound is of some use"
+
+
+def test_a_scan_is_given_up() -> None:
+    """Words of 16 blocks, the first of which begins with the seed's block."""
+    proof = torch.tensor([-9.0] * 10 + [0.0] * 21 + [-9.0] * 9)
+    assert int8_decode.scanned_and_proved(proof, -1.0, 0.6) == (15 + 2 + 9, 10 + 9)
+    assert int8_decode.scanned_and_proved(proof, -1.0, 0.0) == (40, 19)
