@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton_compile
+
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -31,7 +33,7 @@ def compiled() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_a_gpu(compiled: dict[str, dict[str, str]], target: str) -> None:
-    assert set(compiled[target]) == {"prefill", "decode", "join"}
+    assert set(compiled[target]) == set(triton_compile.CONSTANTS)
 
 
 PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
@@ -83,7 +85,7 @@ class Flow:
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
-@pytest.mark.parametrize("kernel", ["prefill", "decode"])
+@pytest.mark.parametrize("kernel", ["prefill", "decode", "decode_proved"])
 def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
     compiled: dict[str, dict[str, str]], target: str, kernel: str
 ) -> None:
@@ -97,4 +99,29 @@ def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
     assert skipping, "no way through the loop without exponentials"
     products, loads = (flow.counts(whole, words) for words in (PRODUCTS, LOADS))
     assert 0 < flow.counts(skipping, PRODUCTS) < products, "the scores' product, not that with V"
-    assert 0 < flow.counts(skipping, LOADS) <= loads / 2, "K is loaded, V is not"
+    bit = int(kernel == "decode_proved")  # which says whether K needs to be loaded
+    assert 0 < flow.counts(skipping, LOADS) - bit <= (loads - bit) / 2, "K is loaded, V is not"
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_what_is_proved_goes_around_k_too(compiled: dict[str, dict[str, str]], target: str) -> None:
+    """With an int8 copy, the loop can be run without any product, and reading a bit alone."""
+    for kernel, reads in (("decode", 0), ("decode_proved", 1)):
+        flow = Flow(compiled[target][kernel])
+        everything = set(range(len(flow.blocks)))
+        products = {i for i in everything if flow.counts({i}, PRODUCTS)}
+        loop = flow.loop_through(LOADS, products)
+        assert flow.counts(loop, LOADS) == reads, kernel
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_the_proof_runs_on_int8_tensor_cores_and_can_be_given_up(
+    compiled: dict[str, dict[str, str]], target: str
+) -> None:
+    flow = Flow(compiled[target]["prove"])
+    int8 = {i for i in range(len(flow.blocks)) if flow.counts({i}, ("m16n8k32.row.col",))}
+    assert int8
+    loop = flow.loop_through(("m16n8k32.row.col",), set())
+    around = flow.loop_through(("setp", "bra"), int8) & loop
+    assert around, "a block can be passed over"
+    assert not flow.counts(around, LOADS), "without reading the copy"

@@ -65,6 +65,7 @@ def run(
         rule.keep_sink,
         wanted.get("skips", True),
         wanted.get("dropped_mass", True),
+        call.int8_keys,
     )
     return AttentionResult(*results)
 

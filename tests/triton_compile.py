@@ -32,6 +32,8 @@ COMMON = {
     # Not given: an unpadded call, and only BLASST's rule.
     "valid_ptr": None,
     "request_ptr": None,
+    "proved_ptr": None,
+    "n_words": None,
     "splits_ptr": None,
     "sinks_ptr": None,
     "threshold_ptr": None,
@@ -39,24 +41,35 @@ COMMON = {
     "skips_ptr": None,
     "dropped_ptr": None,
 }
+FIXED_KEYS = {"HEAD_SIZE": 128, "PADDED_HEAD": 128, "BLOCK_N": 32, "stride_kd": 1}
+GIVEN = {"proved_ptr": ..., "n_words": ...}
 CONSTANTS = {
     "prefill": {**COMMON, "BLOCK_Q": 64},
     "decode": {**COMMON, "PADDED_GROUP": 16},
     "join": {"VALUE_SIZE": 128, "PADDED_VALUE": 128, "PADDED_SPLITS": 64}
     | {"sinks_ptr": None, "dropped_ptr": None},
+    # With an int8 copy of K, and what makes and reads it.
+    "decode_proved": {**COMMON, "PADDED_GROUP": 16} | GIVEN,
+    "prove": {**COMMON, "PADDED_GROUP": 16} | GIVEN,
+    "append": FIXED_KEYS,
+    "mean": FIXED_KEYS,
 }
+MODULES = {"decode_proved": "decode", "append": "int8_keys", "mean": "int8_keys"}
 TYPES = {"counts_ptr": "*i32"}
 TYPES |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
-TYPES |= {"scale": "fp32", "softcap": "fp32"}
+TYPES |= dict.fromkeys(("copy_ptr", "proved_ptr"), "*i32") | {"position_ptr": "*i64"}
+TYPES |= dict.fromkeys(("scale", "softcap", "cost"), "fp32")
 
 
 def assembly(name: str, target: GPUTarget) -> str:
     """The kernel's assembly for `target`, at head size 128 in bfloat16."""
     kernels = sys.modules[triton_source.load().__name__]
-    module = sys.modules[f"{kernels.__name__}.{name}"]
-    kernel = getattr(module, f"{name}_kernel")
+    module = sys.modules[f"{kernels.__name__}.{MODULES.get(name, name)}"]
+    kernel = getattr(module, f"{name.partition('_')[0]}_kernel")
     constants: dict[str, Any] = {
-        key: value for key, value in CONSTANTS[name].items() if key in kernel.arg_names
+        key: value
+        for key, value in CONSTANTS[name].items()
+        if key in kernel.arg_names and value is not ...
     }
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):

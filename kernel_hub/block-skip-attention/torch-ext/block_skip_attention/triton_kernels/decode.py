@@ -3,22 +3,27 @@
 Block 0 and the newest block are never skipped. Every split starts from the running max that these
 two give, so each program computes their scores again (two blocks beside the sixteen or so of its
 own), and none waits for another. The first split also adds their values. A second kernel joins the
-splits: `join.py`.
+splits: `join.py`. Blocks that an int8 copy of K proves to be skipped (`prove.py`) are not read.
 """
 
 import triton
 import triton.language as tl
 
+from .prove import WORD_BLOCKS
 from .rules import (
     agrees_to_skip,
     block_max,
     block_scores,
+    blocks_seen,
     dot,
     is_visible,
     larger,
+    load_keys,
+    load_queries,
     narrow,
     span,
     update_dropped,
+    vote_of,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -31,6 +36,7 @@ def decode_kernel(
     v_ptr,
     valid_ptr,  # bool [B, Lk] or none
     request_ptr,  # int32 [B, 3] or none, see `span`
+    proved_ptr,  # int32 [B, Hkv, Lq, words], which blocks need no K (prove.py), or none
     splits_ptr,  # int32 [B, Lq], how many splits see a block besides the seed; none without holes
     log_lambda_ptr,  # float32 [B|1, Hq|1] or none
     threshold_ptr,  # float32 [B|1, Hq|1, Lq|1] or none
@@ -49,6 +55,7 @@ def decode_kernel(
     n_splits,
     n_blocks,
     split_blocks,  # blocks in a split
+    n_words,  # or none
     stride_qb,
     stride_qh,
     stride_ql,
@@ -89,10 +96,7 @@ def decode_kernel(
     heads = kv_heads * group
 
     first, keys, offset = span(request_ptr, batch, q_len, kv_len)
-    # Decisions are numbered from the first row that may see a key.
-    vote = row
-    if CAUSAL:
-        vote = tl.maximum(row - tl.minimum(tl.maximum(-offset, 0), q_len), 0)
+    vote = vote_of(row, offset, q_len, CAUSAL)
 
     members = tl.arange(0, PADDED_GROUP)
     real = members < group
@@ -102,15 +106,8 @@ def decode_kernel(
     columns = tl.arange(0, BLOCK_K)
     position = offset + row + tl.zeros([PADDED_GROUP], tl.int32)
     here = offset + row
-    q = tl.load(
-        q_ptr
-        + batch * stride_qb
-        + head[:, None] * stride_qh
-        + row * stride_ql
-        + dims[None, :] * stride_qd,
-        mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
-        other=0.0,
-    )
+    q_ptr += batch * stride_qb + row * stride_ql
+    q = load_queries(q_ptr, head, real, dims, stride_qh, stride_qd, HEAD_SIZE)
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     valid_at = batch * kv_len + first
@@ -125,15 +122,7 @@ def decode_kernel(
     if eps_ptr is not None:
         eps = tl.load(eps_ptr + batch * stride_eb + head * stride_eh)
 
-    low = 0
-    high = tl.cdiv(keys, BLOCK_K)
-    newest = -1  # the block on the diagonal
-    if CAUSAL:
-        high = tl.where(here < 0, 0, tl.minimum(high, here // BLOCK_K + 1))
-        newest = here // BLOCK_K
-    if HAS_WINDOW:
-        oldest = tl.maximum(here - window + 1, 0)
-        low = tl.where(oldest < keys, oldest // BLOCK_K, high)
+    low, high, newest = blocks_seen(here, keys, window, BLOCK_K, CAUSAL, HAS_WINDOW)
 
     # How many splits there are to share the seed's sum among.
     splits = 1
@@ -168,16 +157,22 @@ def decode_kernel(
             wanted = (is_seed & ((t == 0) | (newest != 0))) | ((is_seed == 0) & (in_seed == 0))
             block = tl.where(is_seed, tl.where(t == 0, 0, newest), block)
             wanted = wanted & (block >= low) & (block < high)
+        if proved_ptr is not None:  # noqa: SIM102  # which is known when this is compiled
+            if wanted & (is_seed == 0):
+                word = ((batch * kv_heads + kv_head) * q_len + row) * n_words + block // WORD_BLOCKS
+                if (tl.load(proved_ptr + word) >> (block % WORD_BLOCKS)) & 1:
+                    # Some key of it is seen, with a finite score, far below the running max.
+                    wanted = wanted & is_seed
+                    visited += 1
+                    skipped += 1
+                    if skips_ptr is not None:
+                        at = ((batch * kv_heads + kv_head) * q_len + vote) * n_blocks + block
+                        tl.store(skips_ptr + at, 1)
+                    top = larger(top, -3e38)
         if wanted:
             column = block * BLOCK_K + columns
             inside = column < keys
-            k = tl.load(
-                k_base
-                + (first + column)[:, None].to(tl.int64) * stride_kl
-                + dims[None, :] * stride_kd,
-                mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
-                other=0.0,
-            )
+            k = load_keys(k_base, first + column, inside, dims, stride_kl, stride_kd, HEAD_SIZE)
             visible = is_visible(
                 position, column, inside, valid_ptr, valid_at, window, CAUSAL, HAS_WINDOW
             )

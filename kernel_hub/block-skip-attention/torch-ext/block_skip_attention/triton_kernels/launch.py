@@ -14,6 +14,7 @@ from torch import Tensor
 from .decode import decode_kernel
 from .join import join_kernel
 from .prefill import prefill_kernel
+from .prove import proved_blocks
 from .requests import DECODE_MAX_QUERIES, requests, strides
 from .rules import INTERPRETED
 from .start import start
@@ -58,9 +59,9 @@ def forward(
     keep_sink: bool,
     return_skips: bool,
     return_dropped_mass: bool,
-    int8_keys: Tensor | None = None,  # noqa: ARG001
+    int8_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `block_skip_attention.forward`. `int8_keys`, which changes no result, is not read."""
+    """See `block_skip_attention.forward`."""
     if reason := refusal(q, v, block_q, block_k):
         raise ValueError(f"block_skip_attention (Triton): {reason}")
     q_len, kv_len = q.shape[2], k.shape[2]
@@ -95,7 +96,7 @@ def forward(
     )
     args = (q, k, v, key_valid, request, sinks, rule, shape, return_skips, return_dropped_mass)
     if decode:
-        return _decode(*args, split_k=split_k)
+        return _decode(*args, split_k=split_k, int8_keys=int8_keys)
     return _prefill(*args, block_q=block_q)
 
 
@@ -145,7 +146,19 @@ def _prefill(
 
 
 def _decode(
-    q, k, v, key_valid, request, sinks, rule, shape, return_skips, return_dropped_mass, *, split_k
+    q,
+    k,
+    v,
+    key_valid,
+    request,
+    sinks,
+    rule,
+    shape,
+    return_skips,
+    return_dropped_mass,
+    *,
+    split_k,
+    int8_keys,
 ):
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
@@ -169,6 +182,7 @@ def _decode(
     )
     dropped = torch.zeros_like(lse) if shape["WANTS_DROPPED"] else None
     if out.numel():
+        proved = proved_blocks(q, k, key_valid, request, rule, shape, int8_keys)
         start(
             decode_kernel,
             (n_splits, q_len * kv_heads, batch),
@@ -177,6 +191,7 @@ def _decode(
             v,
             key_valid,
             request,
+            proved,
             splits,
             *rule,
             acc,
@@ -188,6 +203,7 @@ def _decode(
             n_splits=n_splits,
             n_blocks=n_blocks,
             split_blocks=split_blocks,
+            n_words=None if proved is None else proved.shape[3],
             PADDED_GROUP=max(16, triton.next_power_of_2(group)),
             **shape,
         )

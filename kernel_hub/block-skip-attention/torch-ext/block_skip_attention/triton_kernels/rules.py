@@ -34,10 +34,16 @@ def larger(a, b):
 
 
 @triton.jit
+def smaller(a, b):
+    """The smaller of two; NaN if one of them is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def block_max(x, axis: tl.constexpr):
     """The maximum along `axis`; NaN if there is one, which `tl.max` would leave out."""
-    if INTERPRETED:  # where `tl.max` keeps NaN, and any other reduction takes very long
-        return tl.max(x, axis)
+    if INTERPRETED:  # where any other reduction takes very long
+        return tl.max(x, axis) + tl.sum(tl.where(x == x, 0.0, x), axis)
     return tl.reduce(x, axis, larger)
 
 
@@ -66,6 +72,52 @@ def span(request_ptr, batch, q_len, kv_len):
         end = tl.load(request_ptr + batch * 3 + 1)
         column = tl.load(request_ptr + batch * 3 + 2)
     return first, end - first, column - first
+
+
+@triton.jit
+def vote_of(row, offset, q_len, CAUSAL: tl.constexpr):
+    """The number of a position's decision in decode: counted from the first that may see a key."""
+    vote = row
+    if CAUSAL:
+        vote = tl.maximum(row - tl.minimum(tl.maximum(-offset, 0), q_len), 0)
+    return vote
+
+
+@triton.jit
+def blocks_seen(
+    here, keys, window, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """The blocks [low, high) that a position in decode may see, and the newest, its diagonal's."""
+    low = 0
+    high = tl.cdiv(keys, BLOCK_K)
+    newest = -1
+    if CAUSAL:
+        high = tl.where(here < 0, 0, tl.minimum(high, here // BLOCK_K + 1))
+        newest = here // BLOCK_K
+    if HAS_WINDOW:
+        oldest = tl.maximum(here - window + 1, 0)
+        low = tl.where(oldest < keys, oldest // BLOCK_K, high)
+    return low, high, newest
+
+
+@triton.jit
+def load_queries(q_ptr, head, real, dims, stride_qh, stride_qd, HEAD_SIZE: tl.constexpr):
+    """The queries of a group's heads at one position, [heads, D]; zeros where there is none."""
+    return tl.load(
+        q_ptr + head[:, None] * stride_qh + dims[None, :] * stride_qd,
+        mask=real[:, None] & (dims[None, :] < HEAD_SIZE),
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_keys(k_ptr, column, inside, dims, stride_kl, stride_kd, HEAD_SIZE: tl.constexpr):
+    """Keys of one head, [columns, D]; zeros where there is none."""
+    return tl.load(
+        k_ptr + column[:, None].to(tl.int64) * stride_kl + dims[None, :] * stride_kd,
+        mask=inside[:, None] & (dims[None, :] < HEAD_SIZE),
+        other=0.0,
+    )
 
 
 @triton.jit
