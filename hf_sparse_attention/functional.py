@@ -55,7 +55,7 @@ def block_skip_attention(
         key_valid: bool `[B, Lk]`, False for padding.
         q_offset: int64 `[1]` or `[B]`, the key column of query row 0 where it is not `Lk - Lq`.
         int8_keys: an int8 copy of `k`, kept beside it. It can only save time, and that only in
-            decode on the cpu backend; it never changes the result, if it is a copy of these keys.
+            decode; it never changes the result, if it is a copy of these keys.
         geometry: block sizes and visiting order; None is 64x64, sink and diagonal first.
         backend: one of `available_backends()`, or "auto": the first that can.
         return_skips: also return which blocks were skipped.

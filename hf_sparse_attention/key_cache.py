@@ -1,4 +1,4 @@
-"""A cache for `generate` that keeps an int8 copy of its keys, so that decode on the CPU reads less.
+"""A cache for `generate` that keeps an int8 copy of its keys, so that decode reads less.
 
     model.generate(**inputs, past_key_values=Int8KeyCache(model.config, max_cache_len=8192))
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from hf_sparse_attention.backends import cpu, kernel
-from hf_sparse_attention.int8_keys import Int8Keys
+from hf_sparse_attention.backends import kernel
+from hf_sparse_attention.int8_keys import Int8Keys, can_be_on
 
 
 class Int8KeyLayer(StaticLayer):  # type: ignore[misc]  # transformers is not typed
@@ -24,8 +24,8 @@ class Int8KeyLayer(StaticLayer):  # type: ignore[misc]  # transformers is not ty
 
     The copy is tied to the tensor that `update` returns and to how often it was written to. Should
     anyone else write to it, the copy is not used any more, which is slower and nothing else. In
-    `torch.inference_mode` torch does not count that. Compiled, and elsewhere than on the CPU, it is
-    a plain static layer.
+    `torch.inference_mode` torch does not count that. Compiled, and on devices where no kernels make
+    a copy, it is a plain static layer.
     """
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
@@ -34,11 +34,11 @@ class Int8KeyLayer(StaticLayer):  # type: ignore[misc]  # transformers is not ty
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        if key_states.device.type == "cpu" and key_states.dtype in kernel.DTYPES:
-            batch, heads, length, head_size = self.keys.shape
-            if cpu.available() is None and head_size <= cpu.MAX_HEAD_SIZE:
-                self.int8_keys = Int8Keys(batch, heads, length, head_size)
-                self.int8_keys.attach(self.keys)
+        batch, heads, length, head_size = self.keys.shape
+        served = key_states.dtype in kernel.DTYPES and head_size <= kernel.MAX_INT8_HEAD_SIZE
+        if served and can_be_on(self.keys.device):
+            self.int8_keys = Int8Keys(batch, heads, length, head_size, self.keys.device)
+            self.int8_keys.attach(self.keys)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -90,10 +90,13 @@ class Int8KeyCache(StaticCache):  # type: ignore[misc]
     """transformers' `StaticCache` with an int8 copy of the keys of its full-attention layers.
 
     The copy takes `head_size + 12` bytes a key and head: about half of what a bfloat16 K takes, a
-    quarter of K and V. It changes no result. It speeds up decoding with our attention on the CPU
-    where most blocks are skipped by a threshold; the budget rule (`max_dropped_mass`), softcapping
-    and stats that ask for the dropped mass need exact maxima and read K as before. Layers with a
-    sliding window or a linear state are as in `StaticCache`.
+    quarter of K and V. It changes no result. It speeds up decoding with our attention where most
+    blocks are skipped by a threshold; the budget rule (`max_dropped_mass`), softcapping and stats
+    that ask for the dropped mass need exact maxima and read K as before. Layers with a sliding
+    window or a linear state are as in `StaticCache`.
+
+    On a GPU `generate` compiles the model where it sees a static cache; compiled, there is no copy:
+    pass `disable_compile=True`.
 
     Args:
         config: the model's config.

@@ -158,8 +158,8 @@ class AttentionCall:
         first_head: the layer's own number of query head 0: under tensor parallelism a rank holds
             the heads `first_head` to `first_head + Hq - 1`, and per-head thresholds are numbered by
             the whole layer's.
-        int8_keys: an int8 copy of k (`Int8Keys.data`), which must be one of just these keys. Only
-            the cpu backend reads it; the others ignore it, as it cannot change any result.
+        int8_keys: an int8 copy of k (`Int8Keys.data`), which must be one of just these keys. The
+            plain backends ignore it, as it cannot change any result.
     """
 
     q: Tensor

@@ -7,7 +7,6 @@ avx512_bf16; or asks for avx512_amx.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,17 +61,7 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
 run = kernel.runner(NAME, _namespace)
 
 
-def empty_int8_keys(batch: int, heads: int, length: int, head_size: int) -> Tensor:
-    """The tensor that `AttentionCall.int8_keys` wants, for `length` keys; it knows none yet."""
-    found = load_kernel()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return cast(Tensor, found.empty_int8_keys(batch, heads, length, head_size))
-
-
-def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
-    """Enters `k` `[B, Hkv, n, D]` into `copy` at `position`, one int64, and behind."""
-    getattr(torch.ops, _namespace()).append_int8_keys(k, position, copy)
+append_int8_keys = kernel.appender(_namespace)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> None:

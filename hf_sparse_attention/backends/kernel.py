@@ -25,6 +25,7 @@ from hf_sparse_attention.types import AttentionCall, AttentionResult, BlockGeome
 REPO_ID = "hf-sparse-attention/block-skip-attention"
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_INT8_HEAD_SIZE = 512  # of keys that an int8 copy takes
 
 Variant = Literal["cpu", "cuda", "emulated", "universal"]
 
@@ -229,6 +230,19 @@ def runner(name: str, namespace: Callable[[], str]) -> Run:
         )
 
     return run
+
+
+def appender(namespace: Callable[[], str]) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """The `append_int8_keys` of a backend whose ops lie in `namespace()` of `torch.ops`."""
+
+    def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
+        """Enters `k` `[B, Hkv, n, D]` into `copy` at `position`, one int64, and behind.
+
+        All on one device; a GPU's is not waited for.
+        """
+        getattr(torch.ops, namespace()).append_int8_keys(k, position, copy)
+
+    return append_int8_keys
 
 
 def one_dtype(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

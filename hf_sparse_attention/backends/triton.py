@@ -63,3 +63,4 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
 
 
 run = kernel.runner(NAME, _namespace)
+append_int8_keys = kernel.appender(_namespace)
