@@ -5,10 +5,10 @@
 One command for a fresh machine: needs Python, torch, Triton and transformers, and no internet; the
 CUDA variant also nvcc and g++, without which it alone is left out. It builds the variants, checks
 small shapes against the float64 oracle of the tests and large ones against float64 on the device,
-runs compute-sanitizer where there is one, and times against SDPA (flash, cuDNN) and FlexAttention.
-Everything on the GPU runs in child processes, each case within a time limit: a hang or a fault
-costs its case and no more. If something is wrong, nothing is timed (but with --time-anyway, which
-the result then says).
+and that decode gives the same bits with an int8 copy of K; runs compute-sanitizer where there is
+one, and times against SDPA (flash, cuDNN) and FlexAttention. Everything on the GPU runs in child
+processes, each case within a time limit: a hang or a fault costs its case and no more. If something
+is wrong, nothing is timed (but with --time-anyway, which the result then says).
 
 There is a deadline for the whole (--seconds), and, as shares of it, one for each part (PARTS); what
 a part leaves is the next ones'. Cases that were not reached are left out, by name of the first; the
@@ -113,7 +113,7 @@ def check(
 
         return tell
 
-    groups = ["small", "large"]
+    groups = ["small", "int8", "large"]
     if result["cuda"].startswith("_"):
         groups = ["small_cuda", "small_sm90", "small_sm80", "large_cuda", *groups]
     tell, deadline = begin("correctness"), deadlines["correctness"]
@@ -130,7 +130,7 @@ def check(
     if wrong(result) and not time_anyway:
         result["timing"] = "not taken: something is wrong"
         return
-    groups = ["headlines", "prefill", "decode", "training"]
+    groups = ["headlines", "int8_decode", "prefill", "decode", "training"]
     tell, deadline = begin("timing"), deadlines["timing"]
     run_cases(groups, options, case_limit=120, deadline=deadline, tell=tell)
 

@@ -157,12 +157,13 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
     """Dense attention as others compute it; one that cannot is left out when it is warmed up."""
     if leaves:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
 
     def sdpa(backend: SDPBackend) -> Run:
         def run() -> Tensor:
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, scale=SCALE, enable_gqa=True
+                    q, k, v, is_causal=causal, scale=scale, enable_gqa=True
                 )
 
         return run
@@ -174,11 +175,11 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     }
     if not causal:
-        folded = q.reshape(q.shape[0], KV_HEADS, HEADS // KV_HEADS, SIZE)
+        folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
 
         def run_folded() -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                out = scaled_dot_product_attention(folded, k, v, scale=SCALE)
+                out = scaled_dot_product_attention(folded, k, v, scale=scale)
             return out.reshape(q.shape)
 
         found["sdpa flash, group folded"] = run_folded
@@ -201,7 +202,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
                 )
             made.extend((torch.compile(flex_attention, dynamic=False), mask))
         compiled, mask = made
-        return compiled(q, k, v, block_mask=mask, scale=SCALE, enable_gqa=True)
+        scale = q.shape[-1] ** -0.5
+        return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
 
     return run
 

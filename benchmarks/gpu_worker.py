@@ -35,9 +35,11 @@ GROUPS = {
     "small_sm90": "benchmarks.gpu_hopper:small_cases",
     "large_cuda": "benchmarks.gpu_correctness:large_cuda_cases",
     "sanitize": "benchmarks.gpu_correctness:sanitize_cases",
+    "int8": "benchmarks.gpu_int8:small_cases",
     "headlines": "benchmarks.gpu_timing:headline_cases",
     "prefill": "benchmarks.gpu_timing:prefill_cases",
     "decode": "benchmarks.gpu_timing:decode_cases",
+    "int8_decode": "benchmarks.gpu_int8:decode_cases",
     "training": "benchmarks.gpu_timing:backward_cases",
     "faulty": "benchmarks.gpu_worker:faulty_cases",
 }

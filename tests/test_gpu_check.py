@@ -30,11 +30,13 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert result["cuda"].startswith("_block_skip_attention_emulated_")
     names = [row["name"] for row in result["correctness"]]
     assert [name.partition(":")[0] for name in names] == [
-        *("cuda", "sm_90a", "sm_80 cuda", "cuda", "triton", "triton")
+        *("cuda", "sm_90a", "sm_80 cuda", "cuda", "triton", "int8 K, triton", "triton")
     ]
-    for large in result["correctness"][3::2]:
+    for large in (row for row in result["correctness"] if row["name"].endswith(": prefill")):
         assert large["sparsity"] > 0
         assert large["error_over_allowed"] <= 1
+    (copied,) = (row for row in result["correctness"] if row["name"].startswith("int8 K"))
+    assert copied["unread"], "what the copy proves is not read"
     for row in result["timing"]:
         names = list(row["contestants"])
         assert names[0] == "sdpa"
