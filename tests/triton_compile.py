@@ -42,22 +42,24 @@ COMMON = {
     "dropped_ptr": None,
 }
 FIXED_KEYS = {"HEAD_SIZE": 128, "PADDED_HEAD": 128, "BLOCK_N": 32, "stride_kd": 1}
-GIVEN = {"proved_ptr": ..., "n_words": ...}
+GIVEN = {"proved_ptr": ..., "n_words": ..., "threshold_ptr": ...}
+MASKED = {"valid_ptr": ..., "request_ptr": ...}
 CONSTANTS = {
     "prefill": {**COMMON, "BLOCK_Q": 64},
     "decode": {**COMMON, "PADDED_GROUP": 16},
     "join": {"VALUE_SIZE": 128, "PADDED_VALUE": 128, "PADDED_SPLITS": 64}
     | {"sinks_ptr": None, "dropped_ptr": None},
     # With an int8 copy of K, and what makes and reads it.
-    "decode_proved": {**COMMON, "PADDED_GROUP": 16} | GIVEN,
-    "prove": {**COMMON, "PADDED_GROUP": 16} | GIVEN,
+    "decode_proved": {**COMMON, "PADDED_GROUP": 16} | GIVEN | {"skips_ptr": ...},
+    "prove": {**COMMON, "PADDED_GROUP": 16, "HAS_WINDOW": True} | GIVEN | MASKED,
     "append": FIXED_KEYS,
     "mean": FIXED_KEYS,
 }
 MODULES = {"decode_proved": "decode", "append": "int8_keys", "mean": "int8_keys"}
 TYPES = {"counts_ptr": "*i32"}
 TYPES |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
-TYPES |= dict.fromkeys(("copy_ptr", "proved_ptr"), "*i32") | {"position_ptr": "*i64"}
+TYPES |= dict.fromkeys(("copy_ptr", "proved_ptr", "request_ptr"), "*i32")
+TYPES |= {"position_ptr": "*i64", "valid_ptr": "*i1", "skips_ptr": "*i8"}
 TYPES |= dict.fromkeys(("scale", "softcap", "cost"), "fp32")
 
 

@@ -158,8 +158,8 @@ def prove_kernel(
             bound = m + relative - 8 * U * (tl.abs(m) + tl.abs(relative))
         if threshold_ptr is not None:
             vote = vote_of(row, offset, q_len, CAUSAL)
-            at = batch * stride_tb + head * stride_th + vote * stride_tr
-            absolute = tl.load(threshold_ptr + at)
+            threshold_ptr += batch * stride_tb + vote * stride_tr
+            absolute = tl.load(threshold_ptr + head * stride_th)
             bound = smaller(bound, absolute - 8 * U * tl.abs(absolute))
         rest = norm * (steps * mean_norm + 1e-30) + 8 * U * tl.abs(bound) + 1e-30
         room = tl.where(tame, bound - along_mean - rest, -float("inf"))
