@@ -73,9 +73,9 @@ def test_triton_makes_a_copy_and_reads_it(proved: list[int]) -> None:
 def generate(cache_type: type, backend: str) -> Tensor:
     model = build(tiny_models.llama, "blasst")
     hsa.set_sparse_attention(model, threshold_scale_factor=190.0, min_length=0, backend=backend)
-    cache = cache_type(model.config, max_cache_len=300)
+    cache = cache_type(model.config, max_cache_len=220)
     return model.generate(
-        token_ids(1, 270),
+        token_ids(1, 200),
         past_key_values=cache,
         max_new_tokens=3,
         do_sample=False,
