@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_sparse_attention.backends import cpu, triton
+from hf_sparse_attention.backends import cpu, cuda, triton
 
 _ATTRIBUTE = "_sparse_attention_int8_keys"
 
@@ -32,7 +32,7 @@ class _Copier(Protocol):
 #: Triton's kernels run in tests only.
 _COPIERS: dict[str, tuple[_Copier, ...]] = {
     "cpu": (cpu, triton),
-    "cuda": (triton,),  # ROCm's GPUs too
+    "cuda": (cuda, triton),  # ROCm's GPUs too
     "xpu": (triton,),
 }
 
