@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
 
 from hf_sparse_attention.backends import kernel
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
@@ -120,11 +119,4 @@ def _unserved_shape(call: AttentionCall, geometry: BlockGeometry) -> str | None:
 
 
 run = kernel.runner(NAME, _namespace)
-
-
-def append_int8_keys(k: Tensor, position: Tensor, copy: Tensor) -> None:
-    """Enters `k` `[B, Hkv, n, D]` into `copy` at `position`, one int64 on k's device, and behind.
-
-    A copy for all that this backend computes; and, of float32 keys too, for Triton's kernels.
-    """
-    getattr(torch.ops, _namespace()).append_int8_keys(k, position, copy)
+append_int8_keys = kernel.appender(_namespace)
