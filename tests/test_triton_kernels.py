@@ -222,9 +222,11 @@ def test_what_is_not_asked_for_changes_nothing() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients(name: str, rule: str) -> None:
     """Those of the masked dense graph in float64, over the blocks that this forward kept."""
-    call = make_call(**CALLS[name])
-    geometry = BlockGeometry(32, 32, split_k=64)
-    result = run(call, RULES[rule], geometry)
+    check_gradients(make_call(**CALLS[name]), RULES[rule], BlockGeometry(32, 32, split_k=64))
+
+
+def check_gradients(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> None:
+    result = run(call, rule, geometry)
     assert result.lse is not None
     dout, dlse = torch.randn_like(result.out), torch.randn_like(result.lse)
     found = triton_source.load().backward(
@@ -265,3 +267,46 @@ def test_refused_with_a_reason(changes: dict[str, Any], message: str) -> None:
         run(make_call(q_len=9, kv_len=9, **changes), RULES["never"], BlockGeometry(32, 32))
     with pytest.raises(ValueError, match="block_k: expected 16, 32, 64 or 128, got 1"):
         run(make_call(q_len=9, kv_len=9), RULES["never"], BlockGeometry(64, 1))
+
+
+def test_rows_may_vote_by_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where Triton 3.6 and 3.7 cannot compile the other way."""
+    kernels = triton_source.load()
+    geometry = BlockGeometry(32, 32)
+    for name in ("chunk", "padding"):
+        call = make_call(**CALLS[name])
+        for rule in ("blasst", "budget"):
+            monkeypatch.setattr(kernels.launch, "votes_by_scan", lambda _: False)
+            expected = run(call, RULES[rule], geometry)
+            monkeypatch.setattr(kernels.launch, "votes_by_scan", lambda _: True)
+            found = run(call, RULES[rule], geometry)
+            assert torch.equal(found.out, expected.out)
+            assert torch.equal(found.skips, expected.skips)
+            assert torch.equal(found.counts, expected.counts)
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "expected"),
+    [("3.6.0", 10, True), ("3.7.1", 10, True), ("3.8.0", 10, False), ("3.6.0", 9, False)],
+)
+def test_where_rows_vote_by_a_scan(
+    monkeypatch: pytest.MonkeyPatch, triton: str, capability: int, expected: bool
+) -> None:
+    start = triton_source.load().start
+    monkeypatch.setattr(start.triton, "__version__", triton)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    assert start.votes_by_scan.__wrapped__(torch.device("cuda")) is expected
+    assert start.votes_by_scan.__wrapped__(torch.device("cpu")) is False
+
+
+@pytest.mark.parametrize("sizes", [(80, 80), (64, 64), (192, 128), (256, 256)], ids=str)
+def test_gradients_of_head_sizes(sizes: tuple[int, int]) -> None:
+    call = make_call(q_len=70, kv_len=100, head_size=sizes[0], v_size=sizes[1])
+    geometry = BlockGeometry(32, 32)
+    check_gradients(call, RULES["blasst"], geometry)
+
+
+def test_gradients_in_bfloat16() -> None:
+    call = make_call(q_len=100, kv_len=130, head_size=64, dtype=torch.bfloat16)
+    check_gradients(call, RULES["blasst"], BlockGeometry(64, 64))

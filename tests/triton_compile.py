@@ -26,6 +26,7 @@ COMMON = {
     "HAS_SOFTCAP": False,
     "KEEP_SINK": True,
     "WANTS_DROPPED": False,
+    "BY_SCAN": False,
     "stride_qd": 1,
     "stride_kd": 1,
     "stride_vd": 1,

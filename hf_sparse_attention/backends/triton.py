@@ -20,7 +20,8 @@ PREFERRED = ("64x64", "64x128")  # smaller blocks: more of them can be skipped
 
 MAX_HEAD_SIZE = 256
 MAX_HEAD_SIZE_FLOAT32 = 128  # larger blocks do not fit into a GPU's shared memory
-_MAX_GRID = 65535  # programs along the second and third dimension of a launch
+# There are up to 65535 programs along the second and third dimension of a launch.
+_MAX_BATCH, _MAX_HEADS = 65535, 8191
 
 
 def is_interpreted() -> bool:
@@ -54,8 +55,8 @@ def supports(call: AttentionCall, rule: SkipRule, geometry: BlockGeometry) -> st
         return "q lies on the CPU, and TRITON_INTERPRET is not 1"
     if device not in ("cuda", "xpu", "cpu"):
         return f"q lies on {device}, not on a GPU that Triton compiles for"
-    if call.q.shape[0] > _MAX_GRID:
-        return f"batches are launched up to {_MAX_GRID}, not {call.q.shape[0]}"
+    if call.q.shape[0] > _MAX_BATCH or call.q.shape[1] > _MAX_HEADS:
+        return f"launched are batches up to {_MAX_BATCH}, and up to {_MAX_HEADS} heads"
     is_float32 = torch.float32 in (call.q.dtype, call.k.dtype, call.v.dtype)
     if is_float32 and not is_interpreted():
         return kernel.unserved(call, MAX_HEAD_SIZE_FLOAT32)

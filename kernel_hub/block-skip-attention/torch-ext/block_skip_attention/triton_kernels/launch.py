@@ -17,9 +17,12 @@ from .prefill import prefill_kernel
 from .prove import proved_blocks
 from .requests import DECODE_MAX_QUERIES, requests, strides
 from .rules import INTERPRETED
-from .start import start
+from .start import start, votes_by_scan
 
 SINK_DIAGONAL = 1
+# There are up to 65535 programs along the second and third dimension of a launch; in decode, the
+# second one takes 8 queries of each head.
+MAX_BATCH, MAX_HEADS = 65535, 8191
 
 
 def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
@@ -35,6 +38,12 @@ def refusal(q: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block not in (16, 32, 64, 128):
             return f"{name}: expected 16, 32, 64 or 128, got {block}"
+    if q.shape[0] > MAX_BATCH or q.shape[1] > MAX_HEADS:
+        got = f"{q.shape[0]} and {q.shape[1]}"
+        return f"expected at most {MAX_BATCH} requests and {MAX_HEADS} heads, got {got}"
+    if q.shape[2] + v.shape[2] >= 2**31 - 1024:  # the kernels count them in 32 bits
+        got = f"{q.shape[2]} and {v.shape[2]}"
+        return f"expected fewer than 2^31 queries and keys together, got {got}"
     return None
 
 
@@ -139,6 +148,7 @@ def _prefill(
             n_rows=n_rows,
             n_blocks=n_blocks,
             BLOCK_Q=block_q,
+            BY_SCAN=votes_by_scan(q.device),
             **shape,
         )
     counts = counts.sum(2, dtype=torch.int64)

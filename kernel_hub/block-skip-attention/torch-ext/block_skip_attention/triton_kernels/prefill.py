@@ -15,6 +15,7 @@ from .rules import (
     block_max,
     block_scores,
     dot,
+    in_all_rows,
     is_visible,
     larger,
     narrow,
@@ -83,6 +84,7 @@ def prefill_kernel(
     HAS_SOFTCAP: tl.constexpr,
     KEEP_SINK: tl.constexpr,
     WANTS_DROPPED: tl.constexpr,
+    BY_SCAN: tl.constexpr,  # see `in_all_rows`
 ):
     """One block row of one query head; grid `(NQ, Hq, B)`."""
     # The longest block rows come first: the last programs to start are short ones.
@@ -177,7 +179,7 @@ def prefill_kernel(
             s = block_scores(q, k, visible & real[:, None], scale, softcap, HAS_SOFTCAP)
             m_new = block_max(s, 1)
 
-            seen = (block_max(m_new, 0) == -float("inf")) == 0  # NaN is seen
+            seen = in_all_rows(m_new == -float("inf"), BY_SCAN) == 0  # NaN is seen
             c_then, top_then = update_dropped(c, top, m_new, BLOCK_K)
             agrees = agrees_to_skip(
                 m_new,
@@ -197,7 +199,7 @@ def prefill_kernel(
                 must_keep = (block >= diagonal_low) & (block < diagonal_high)
                 if KEEP_SINK:
                     must_keep = must_keep | (block == 0)
-            skip = seen & (tl.min((agrees | (voting == 0)).to(tl.int32), 0) > 0) & (must_keep == 0)
+            skip = seen & in_all_rows(agrees | (voting == 0), BY_SCAN) & (must_keep == 0)
             visited += seen.to(tl.int32)
             skipped += skip.to(tl.int32)
             if skips_ptr is not None:

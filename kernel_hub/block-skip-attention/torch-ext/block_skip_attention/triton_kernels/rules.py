@@ -48,6 +48,15 @@ def block_max(x, axis: tl.constexpr):
 
 
 @triton.jit
+def in_all_rows(x, BY_SCAN: tl.constexpr):
+    """Whether x, bool [rows], is true in all of them; BY_SCAN: in a way that compiles anywhere."""
+    x = x.to(tl.int32)
+    if BY_SCAN:
+        return tl.max(tl.cumsum(x, 0), 0) == x.shape[0]
+    return tl.min(x, 0) > 0
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """x, float32, rounded to the nearest value of `dtype`."""
     if INTERPRETED and dtype == tl.bfloat16:  # where a cast only cuts off (Triton 3.9)

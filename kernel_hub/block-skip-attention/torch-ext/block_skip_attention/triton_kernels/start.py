@@ -5,6 +5,8 @@ trying them out while a model runs; none of it has been timed yet. Where a GPU h
 memory than those, fewer stages are taken.
 """
 
+import functools
+
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
@@ -30,6 +32,20 @@ def choices(
     warps = 8 if wide else 4  # with 4, wide blocks spill
     stages = (1,) if element_size == 4 and head_size > 64 else (2, 1)
     return [(warps, n) for n in stages]
+
+
+@functools.cache
+def votes_by_scan(device: torch.device) -> bool:
+    """Whether rows must vote with a scan, which costs a little, on this GPU.
+
+    For compute capability 10 and 11, Triton 3.6 and 3.7 fail to compile what reduces a vector that
+    a reduction made of a product; 3.5 and 3.8 do compile it.
+    """
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
+        return False
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
 def start(kernel: triton.JITFunction, grid: tuple[int, int, int], *args, **shape) -> None:
