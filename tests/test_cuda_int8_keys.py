@@ -149,6 +149,20 @@ def test_a_copy_of_other_keys_is_refused() -> None:
 # ---- Decode.
 
 
+def lambda_on_the_edge(call: AttentionCall, block: int) -> SkipRule:
+    """For each head, a lambda with which some block of its group's is just skipped, or just not.
+
+    One query; blocks of `block` keys, of which the first and the last are the seed.
+    """
+    k = call.k.float().repeat_interleave(call.group, 1)
+    tops = (call.scale * call.q.float() @ k.mT)[:, :, 0].unflatten(2, (-1, block)).amax(-1)
+    gaps = tops[..., 1:-1] - tops[..., [0, -1]].amax(-1, keepdim=True)
+    chosen = torch.randint(gaps.shape[2], (*call.k.shape[:2], 1)).repeat_interleave(call.group, 1)
+    gap = gaps.gather(2, chosen)[..., 0]
+    nudged = gap.nextafter(gap + torch.randint(-1, 2, gap.shape))
+    return SkipRule(log_lambda=nudged.clamp(max=-1e-3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("change", KEY_SHAPES, ids=lambda f: f.__name__)
 def test_the_copy_changes_nothing(change: Any, dtype: torch.dtype) -> None:
@@ -187,6 +201,7 @@ def test_on_the_edge(exact: str, dtype: torch.dtype) -> None:
         cuda.append_int8_keys(call.k, torch.tensor([0]), copy)
         for geometry in (SQUARE, WIDE):
             check(call, on_the_edge(call, geometry), geometry, copy)
+            check(call, lambda_on_the_edge(call, geometry.block_k), geometry, copy)
 
 
 @pytest.mark.parametrize("size", [64, 128, 192, 256])
@@ -318,6 +333,15 @@ def test_rules(rule: SkipRule) -> None:
     # Rows of a threshold count from the first that sees a key.
     early = replace(call, q_offset=torch.tensor([-2]), q=call.q.expand(-1, -1, 4, -1).contiguous())
     check(early, rule, SQUARE, copy)
+
+
+def test_a_seed_that_nobody_sees_proves_nothing() -> None:
+    """All blocks are skipped, and that they were seen makes a difference: the sink's lse."""
+    call = separated(torch.bfloat16, 640)
+    valid = (torch.arange(640) < 500)[None]
+    call = replace(call, key_valid=valid, window=400, sinks=torch.randn(4))
+    check(call, SkipRule.bsfa(100.0), SQUARE, copy_of(call.k))
+    assert run(call, SkipRule.bsfa(100.0), SQUARE).lse.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
