@@ -216,6 +216,29 @@ def test_loads_beside_a_torch_without_cuda(library: Path, monkeypatch: pytest.Mo
     assert (out.shape, out.device.type) == ((1, 70, 2, 64), "cuda")
 
 
+#: What the library may ask of CUDA's runtime: none of it waits, copies or allocates.
+CALLED = {
+    *("cudaLaunchKernel", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"),
+    *("cudaGetDevice", "cudaDeviceGetAttribute", "cudaGetDriverEntryPointByVersion"),
+    *("cudaPeekAtLastError", "cudaLaunchKernelExC"),
+}
+
+
+@pytest.mark.slow
+def test_nothing_waits_copies_or_allocates(library: Path) -> None:
+    """So that a call can be captured in a CUDA graph; outputs are torch's, of known shapes."""
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    names = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
+    runtime = {x for x in names if x.startswith(("cuda", "cu", "__cuda"))}
+    assert "cudaLaunchKernel" in runtime
+    registering = {x for x in runtime if x.startswith("__cuda")}
+    assert runtime - registering <= CALLED
+    torch_calls = {x for x in names if x.startswith(("aoti_torch", "torch_"))}
+    assert not {x for x in torch_calls if "item" in x or "synchronize" in x or "copy_" in x}
+
+
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """PTX of the first one, for GPUs that are newer than all; of 9.0a there is none."""
     monkeypatch.syspath_prepend(ROOT / "kernel_hub")

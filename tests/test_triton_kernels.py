@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import triton_source
 from kernel_checks import check, structured
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from hf_sparse_attention.types import (
     ORDERS,
@@ -310,3 +312,36 @@ def test_gradients_of_head_sizes(sizes: tuple[int, int]) -> None:
 def test_gradients_in_bfloat16() -> None:
     call = make_call(q_len=100, kv_len=130, head_size=64, dtype=torch.bfloat16)
     check_gradients(call, RULES["blasst"], BlockGeometry(64, 64))
+
+
+@pytest.mark.parametrize("name", ["padding", "decode of 3, padded", "decode, static cache"])
+def test_nothing_waits_for_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the kernels no value is looked at: fake tensors, which have none, would refuse."""
+    kernels = triton_source.load()
+    started: list[str] = []
+    monkeypatch.setattr(kernels.launch, "start", lambda x, *_, **__: started.append(x.fn.__name__))
+    backward = sys.modules[f"{kernels.__name__}.launch_backward"]
+    monkeypatch.setattr(backward, "start", lambda x, *_, **__: started.append(x.fn.__name__))
+    monkeypatch.setattr(kernels.launch, "join_kernel", NoKernel())
+    real = make_call(with_sinks=True, **CALLS[name])
+    with FakeTensorMode() as mode:
+        tensors = {x: mode.from_tensor(y) for x, y in vars(real).items() if torch.is_tensor(y)}
+        call = replace(real, **tensors)
+        rule = SkipRule(
+            torch.full((1, 1), -1.0), torch.full((1, 1, 1), 2.0), torch.full((1, 1), 0.1)
+        )
+        geometry = BlockGeometry(32, 32, split_k=64)
+        result = run(call, rule, geometry)
+        kernels.backward(
+            *(result.out, result.lse, call.q, call.k, call.v, result.out, result.lse),
+            *(result.skips, call.key_valid, call.q_offset, call.sinks, call.scale),
+            *(call.causal, 0, 0.0, 32, 32),
+        )
+    assert started == [f"{call.phase}_kernel", "dq_kernel", "dkv_kernel"]
+
+
+class NoKernel:
+    """Is started and does nothing."""
+
+    def __getitem__(self, _grid: Any) -> Any:
+        return lambda *_, **__: None
