@@ -79,12 +79,15 @@ class SkipRule:
             mass dropped so far, this block included, is at most `eps * l` for every row.
         keep_sink: with `block_threshold`, never skip block 0. Ours: the paper's rule may drop the
             attention sink, which costs far more accuracy than it saves time.
+        expected_sparsity: what share of the blocks this was seen to skip, 0 to 1, or None if
+            nobody knows. It decides how a GPU fetches V, and changes no result.
     """
 
     log_lambda: Tensor | None = None
     block_threshold: Tensor | None = None
     max_dropped_mass: Tensor | None = None
     keep_sink: bool = True
+    expected_sparsity: float | None = None
 
     @classmethod
     def never(cls) -> SkipRule:

@@ -80,6 +80,11 @@ def library() -> ctypes.CDLL:
     found.decode.argtypes = (ctypes.POINTER(Params), ctypes.POINTER(Rings))
     found.prefill.restype = found.decode.restype = ctypes.c_char_p
     found.params_bytes.restype = ctypes.c_size_t
+    found.version.argtypes = found.skipped_before.argtypes = (
+        ctypes.POINTER(Params),
+        ctypes.c_float,
+    )
+    found.skipped_before.restype = ctypes.c_float
     assert found.params_bytes() == ctypes.sizeof(Params), "Params above is not params.h's"
     return found
 
@@ -137,6 +142,24 @@ def decode(
     failure = library().decode(problem.params, rings)
     assert failure is None, failure.decode()
     return problem.result
+
+
+def version(
+    call: AttentionCall, rule: SkipRule, geometry: BlockGeometry, expected_sparsity: float
+) -> str:
+    """The version of prefill that would run, as `run` takes it."""
+    problem = _Problem(call, rule, geometry, dropped_mass=False)
+    number: int = library().version(problem.params, expected_sparsity)
+    return ("dense", "always", "demand", "general")[number]
+
+
+def skipped_before(
+    call: AttentionCall, rule: SkipRule, geometry: BlockGeometry, expected_sparsity: float
+) -> float:
+    """`Rings.skipped_before` of a decode."""
+    problem = _Problem(call, rule, geometry, dropped_mass=False)
+    found: float = library().skipped_before(problem.params, expected_sparsity)
+    return found
 
 
 class _Problem:

@@ -108,3 +108,13 @@ extern "C" const char* decode(const Params* p, const sm90::Rings* rings) {
       emulator::fail("not compiled for these sizes");
   });
 }
+
+// Which version of prefill runs a call: dense, always, demand, general; and of decode, how many of
+// two blocks before the first are taken for skipped.
+extern "C" int32_t version(const Params* p, float expected_sparsity) {
+  return int32_t(sm90::version_for(*p, true, expected_sparsity));
+}
+extern "C" float skipped_before(const Params* p, float expected_sparsity) {
+  using C = sm90::Decode<Float16, 64, 64, 64>;
+  return sm90::rings_of<C>(*p, expected_sparsity, 132).skipped_before;
+}

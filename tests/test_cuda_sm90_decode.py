@@ -199,3 +199,12 @@ def test_an_int8_copy_changes_nothing(name: str) -> None:
         for rings in ("demand", "deep, ahead"):
             found = sm90_emulated.decode(copied, rule, GEOMETRY, RINGS[rings], 1)
             assert_same_numbers(found, want)
+
+
+def test_decode_begins_with_what_is_expected() -> None:
+    """Of two blocks; V is fetched ahead at first while that is less than 30%."""
+    for rule, before in (("never", [0.0, 0.0]), ("blasst", [0.5, 1.0]), ("budget", [0.5, 1.0])):
+        found = [
+            sm90_emulated.skipped_before(made(), RULES[rule], GEOMETRY, x) for x in (0.25, 0.5)
+        ]
+        assert found == before, rule

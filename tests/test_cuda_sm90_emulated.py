@@ -218,3 +218,23 @@ def test_what_lies_behind_the_last_key_does_not_matter(version: str) -> None:
     found = sm90_emulated.run(call, rule, GEOMETRY, version, 1)
     assert found.out.isfinite().all()
     assert torch.equal(found.out, expected.out)
+
+
+def test_the_version_follows_what_is_expected() -> None:
+    """V on demand from half on, where a skip saves more than two loads of what both keep cost."""
+    call = make_call(q_len=100, kv_len=100)
+    versions = {
+        name: [sm90_emulated.version(call, rule, GEOMETRY, x) for x in (0.0, 0.25, 0.5, 0.75)]
+        for name, rule in RULES.items()
+    }
+    follows = ["always", "always", "demand", "demand"]
+    assert versions == {
+        "never": ["dense"] * 4,
+        "blasst": follows,
+        "bsfa": follows,
+        "bsfa without sink": follows,
+        "budget": ["general"] * 4,
+        "blasst and budget": ["general"] * 4,
+    }
+    capped = replace(call, softcap=8.0)
+    assert sm90_emulated.version(capped, RULES["blasst"], GEOMETRY, 0.75) == "general"

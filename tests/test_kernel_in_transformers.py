@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def forward(self, *args: Any) -> Any:
             results = self.real.forward(*args)
             names = {"key_valid": args[3], "log_lambda": args[6], "budget": args[8]}
+            names["expected_sparsity"] = args[21]
             found.append({**names, "skipped": int(results[2][..., 1].sum())})
             return results
 
@@ -83,6 +84,7 @@ def test_thresholds_come_from_the_config(calls: list) -> None:
     bound(sparse_attention_config={"config_groups": {"group_0": GROUP}})(token_ids(1, 400))
     expected = torch.tensor(20.0 * torch.e**1.5 / 400).log().item()
     assert [call["log_lambda"].item() for call in calls] == [pytest.approx(expected)] * 2
+    assert [call["expected_sparsity"] for call in calls] == [0.5] * 2
     fit = {"prefill": {"a": 1000.0}}  # lambda would be above 1, which drops what matters most
     eager = {"config_groups": {"group_0": {**GROUP, "threshold_scale_factor": fit}}}
     bound(sparse_attention_config=eager)(token_ids(1, 400))

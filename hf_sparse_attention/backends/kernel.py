@@ -219,6 +219,7 @@ def runner(name: str, namespace: Callable[[], str]) -> Run:
             return_skips or (call.needs_grad and not rule.is_never),  # the backward reads them
             return_dropped_mass,
             call.int8_keys if k is call.k else None,
+            0.5 if rule.expected_sparsity is None else rule.expected_sparsity,
         )
         return AttentionResult(
             out=out.to(call.q.dtype),

@@ -108,7 +108,27 @@ class Blasst(Method):
         return SkipRule(
             log_lambda=log_lambda,
             max_dropped_mass=prepared.get(f"{call.phase}.max_dropped_mass"),
+            expected_sparsity=self._expected_sparsity(config, call, geometry),
         )
+
+    def prepare(
+        self, config: SparseAttentionConfig, device: torch.device, geometry: BlockGeometry
+    ) -> dict[str, Tensor]:
+        """Makes what is expected to be skipped, too, so that no compiled forward computes it."""
+        key = _skips(geometry)
+        if key not in config.prepared:
+            shares = {phase: expected_sparsity(config, phase, geometry) for phase in PHASES}
+            config.prepared[key] = shares
+        return super().prepare(config, device, geometry)
+
+    def _expected_sparsity(
+        self, config: SparseAttentionConfig, call: AttentionCall, geometry: BlockGeometry
+    ) -> float | None:
+        """What calibration saw the thresholds skip; for inference on GPUs, which alone use it."""
+        if call.q.device.type != "cuda" or call.needs_grad:
+            return None
+        expected: float | None = config.prepared[_skips(geometry)][call.phase]
+        return expected
 
     def _tensors(
         self, config: SparseAttentionConfig, device: torch.device, geometry: BlockGeometry
@@ -157,6 +177,31 @@ def _coefficients(
     if own is None:
         raise ValueError(missing)
     return own
+
+
+def _skips(geometry: BlockGeometry) -> str:
+    """Under what the expected sparsities of a geometry are kept in `config.prepared`."""
+    return f"blasst {geometry.name} skips"
+
+
+def expected_sparsity(
+    config: SparseAttentionConfig, phase: Phase, geometry: BlockGeometry
+) -> float | None:
+    """What share of the blocks is skipped, by the fit; None where there is none.
+
+    A scale factor that was set is taken back through the fit: `(ln factor - ln a) / b`. Rounded
+    down to quarters: compiled graphs are guarded by it, and other targets should keep them.
+    """
+    fit, factor = config.fit(phase, geometry), config.scale_factor(phase, geometry)
+    expected = config.target(phase, geometry)
+    if factor == 0:
+        expected = 0.0
+    elif phase in (config.threshold_scale_factor or {}) and fit is not None:
+        assert factor is not None
+        expected = math.log(factor / fit.a) / fit.b if fit.a > 0 and fit.b > 0 else None
+    if factor is None or expected is None:
+        return None
+    return math.floor(4 * min(max(expected, 0.0), 1.0)) / 4
 
 
 def keys_in_reach(call: AttentionCall) -> Tensor:

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     MaybeTensor log_lambda, MaybeTensor block_threshold, MaybeTensor max_dropped_mass, double scale,
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
     int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
-    MaybeTensor int8_keys) {
+    MaybeTensor int8_keys, double) {
   bsa::check_order(order, split_k);
   bsa::Problem p;
   p.split_k = split_k, p.order = bsa::Order(order), p.keep_sink = keep_sink;

@@ -86,20 +86,21 @@ bool takes_sm90(const bsa::cuda::Device& device) {
 #endif
 
 void prefill(const Params& p, [[maybe_unused]] const bsa::cuda::Device& device,
-             bsa::cuda::Stream stream) {
+             bsa::cuda::Stream stream, [[maybe_unused]] double expected_sparsity) {
 #if !defined(BSA_EMULATE)
   if (takes_sm90(device) && !bsa::cuda::refusal_prefill_sm90(p))
-    return bsa::cuda::prefill_sm90(p, stream, bsa::cuda::expected_sparsity());
+    return bsa::cuda::prefill_sm90(p, stream, bsa::cuda::expected_or_told(expected_sparsity));
 #endif
   bsa::cuda::prefill_sm80(p, stream);
 }
 
 // As far as the splits.
 void decode(const Params& p, [[maybe_unused]] const bsa::cuda::Device& device,
-            bsa::cuda::Stream stream) {
+            bsa::cuda::Stream stream, [[maybe_unused]] double expected_sparsity) {
 #if !defined(BSA_EMULATE)
   if (takes_sm90(device) && !bsa::cuda::refusal_decode_sm90(p))
-    return bsa::cuda::decode_sm90(p, stream, bsa::cuda::expected_sparsity(), device.processors);
+    return bsa::cuda::decode_sm90(p, stream, bsa::cuda::expected_or_told(expected_sparsity),
+                                  device.processors);
 #endif
   bsa::cuda::decode_sm80(p, stream);
 }
@@ -111,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
     MaybeTensor log_lambda, MaybeTensor block_threshold, MaybeTensor max_dropped_mass, double scale,
     bool causal, int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
     int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
-    MaybeTensor int8_keys) {
+    MaybeTensor int8_keys, double expected_sparsity) {
   using bsa::cuda::RuleTensor, bsa::rule_tensor;
   bsa::check_order(order, split_k);
   bsa::check_numbers(scale, window, softcap);
@@ -178,10 +179,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cuda(
   }
   if (p.decode()) {
     const Scratch scratch = prepare_decode(p, q, split_k, stream);
-    decode(p, device, stream);
+    decode(p, device, stream, expected_sparsity);
     bsa::cuda::join_splits(p, stream);
   } else {
-    prefill(p, device, stream);
+    prefill(p, device, stream, expected_sparsity);
   }
   return {out, lse, counts, skips, dropped};
 }

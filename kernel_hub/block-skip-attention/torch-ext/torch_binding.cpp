@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "causal, "
       "int window, float softcap, int block_q, int block_k, int order, int split_k, bool "
       "keep_sink, "
-      "bool return_skips, bool return_dropped_mass, Tensor? int8_keys=None) "
+      "bool return_skips, bool return_dropped_mass, Tensor? int8_keys=None, "
+      "float expected_sparsity=0.5) "
       "-> (Tensor out, Tensor lse, Tensor counts, Tensor skips, Tensor dropped_mass)");
   ops.def(
       "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

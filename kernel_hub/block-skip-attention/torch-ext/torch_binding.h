@@ -18,7 +18,7 @@ forward_cpu(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Ten
             std::optional<torch::stable::Tensor> max_dropped_mass, double scale, bool causal,
             int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
             int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
-            std::optional<torch::stable::Tensor> int8_keys);
+            std::optional<torch::stable::Tensor> int8_keys, double expected_sparsity);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
            torch::stable::Tensor, torch::stable::Tensor>
@@ -31,7 +31,7 @@ forward_cuda(torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Te
              std::optional<torch::stable::Tensor> max_dropped_mass, double scale, bool causal,
              int64_t window, double softcap, int64_t block_q, int64_t block_k, int64_t order,
              int64_t split_k, bool keep_sink, bool return_skips, bool return_dropped_mass,
-             std::optional<torch::stable::Tensor> int8_keys);
+             std::optional<torch::stable::Tensor> int8_keys, double expected_sparsity);
 
 void append_int8_keys_cpu(torch::stable::Tensor k, torch::stable::Tensor position,
                           torch::stable::Tensor copy);

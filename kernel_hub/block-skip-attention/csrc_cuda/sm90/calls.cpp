@@ -44,9 +44,9 @@ const char* refusal_decode_sm90(const Params& p) {
   return nullptr;
 }
 
-float expected_sparsity() {
+float expected_or_told(double expected_sparsity) {
   const char* told = std::getenv("HF_SPARSE_ATTENTION_EXPECTED_SPARSITY");
-  return told ? std::strtof(told, nullptr) : 0.5f;
+  return told ? std::strtof(told, nullptr) : float(expected_sparsity);
 }
 
 void prefill_sm90(const Params& p, void* stream, float expected_sparsity) {

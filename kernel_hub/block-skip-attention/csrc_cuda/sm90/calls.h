@@ -9,9 +9,10 @@ namespace bsa::cuda {
 const char* refusal_prefill_sm90(const Params& p);
 const char* refusal_decode_sm90(const Params& p);
 
-// What share of the blocks calls are expected to skip: the variable
-// HF_SPARSE_ATTENTION_EXPECTED_SPARSITY, else half. It changes no result, only how V is fetched.
-float expected_sparsity();
+// What share of the blocks a call is expected to skip: what the variable
+// HF_SPARSE_ATTENTION_EXPECTED_SPARSITY says, else what the caller does. It changes no result, only
+// how V is fetched.
+float expected_or_told(double expected_sparsity);
 
 // Each computes `p` on `stream`, a cudaStream_t; decode, as far as its splits. It waits for
 // nothing, allocates nothing, and depends on no value in device memory, so it can be captured in a

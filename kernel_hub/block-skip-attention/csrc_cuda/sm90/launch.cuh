@@ -20,16 +20,30 @@ void launch(const Params& p, void* stream) {
               Memory<C>::kBytes, stream, maps, p);
 }
 
+enum class Version { kDense, kAlways, kOnDemand, kGeneral };
+
+inline Version version_for(const Params& p, bool on_demand_fits, float expected_sparsity) {
+  const bool any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
+  if (p.softcap > 0.0f || p.scale <= 0.0f || p.wants_dropped()) return Version::kGeneral;
+  if (!any_rule) return Version::kDense;
+  return on_demand_fits && expected_sparsity >= kOnDemandFrom ? Version::kOnDemand
+                                                              : Version::kAlways;
+}
+
 template <class T, int kD, int kDv, int kBlockK>
 void choose_version(const Params& p, void* stream, float expected_sparsity) {
-  const bool any_rule = p.log_lambda.data || p.threshold.data || p.budget.data;
-  if (p.softcap > 0.0f || p.scale <= 0.0f || p.wants_dropped())
-    return launch<Config<T, kD, kDv, kBlockK, true, false, true>>(p, stream);
-  if (!any_rule) return launch<Config<T, kD, kDv, kBlockK, false, false, false>>(p, stream);
   using OnDemand = Config<T, kD, kDv, kBlockK, true, true, false>;
-  if constexpr (OnDemand::kFits)
-    if (expected_sparsity >= kOnDemandFrom) return launch<OnDemand>(p, stream);
-  return launch<Config<T, kD, kDv, kBlockK, true, false, false>>(p, stream);
+  switch (version_for(p, OnDemand::kFits, expected_sparsity)) {
+    case Version::kDense:
+      return launch<Config<T, kD, kDv, kBlockK, false, false, false>>(p, stream);
+    case Version::kAlways:
+      return launch<Config<T, kD, kDv, kBlockK, true, false, false>>(p, stream);
+    case Version::kOnDemand:
+      if constexpr (OnDemand::kFits) return launch<OnDemand>(p, stream);
+      return;
+    case Version::kGeneral:
+      return launch<Config<T, kD, kDv, kBlockK, true, false, true>>(p, stream);
+  }
 }
 
 template <class T>

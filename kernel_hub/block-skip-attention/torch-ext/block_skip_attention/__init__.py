@@ -53,6 +53,7 @@ def forward(
     return_skips: bool = False,
     return_dropped_mass: bool = False,
     int8_keys: Tensor | None = None,
+    expected_sparsity: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention of `q` over `k` and `v` without the blocks that every given rule agrees to skip.
 
@@ -94,6 +95,8 @@ def forward(
         return_dropped_mass: whether `dropped_mass` is wanted.
         int8_keys: an int8 copy of `k`, see `empty_int8_keys`. It saves reading blocks of K in
             decode and changes no result, provided that it is a copy of these very keys.
+        expected_sparsity: what share of the blocks will be skipped, as far as is known, 0 to 1. On
+            GPUs it decides how V is fetched; it changes no result.
 
     Returns:
         out: `[B, Lq, Hq, Dv]`; lse: float32 `[B, Hq, Lq]`; counts: int64 `[B, Hq, 2]`, blocks
@@ -123,6 +126,7 @@ def forward(
         return_skips,
         return_dropped_mass,
         int8_keys,
+        expected_sparsity,
     )
 
 

@@ -100,7 +100,7 @@ def _register(ops: Any, name_of: Callable[[str], str]) -> None:
         if dout is None:
             dout = torch.zeros_like(out)
         dq, dk, dv, dsinks = ops.backward(dout, dlse, *tensors, sinks, *ctx.options)
-        return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 15
+        return dq, dk, dv, None, None, None if sinks is None else dsinks, *[None] * 16
 
     torch.library.register_autograd(name_of("forward"), backward, setup_context=_save_for_backward)
     torch.library.register_autograd(name_of("backward"), _refuse_second_backward)

@@ -83,7 +83,7 @@ def flash_attn_forward(
                 "written-out mask: expected the package hf-sparse-attention and "
                 'attn_implementation="blasst"'
             )
-    log_lambda, budget = _rule(module, query, key, key_valid)
+    log_lambda, budget, expected_sparsity = _rule(module, query, key, key_valid)
     return_skips = torch.is_grad_enabled()  # the backward reads them
     return ops_for(query, key, value, scale, _BLOCK_Q, _BLOCK_K).forward(
         query,
@@ -106,6 +106,8 @@ def flash_attn_forward(
         True,
         return_skips,
         False,
+        None,
+        expected_sparsity,
     )[0], None
 
 
@@ -128,23 +130,27 @@ def _dense(
 
 def _rule(
     module: nn.Module, q: Tensor, k: Tensor, key_valid: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The op's `log_lambda` and `max_dropped_mass`: the config's thresholds, else the budget."""
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """The op's `log_lambda`, `max_dropped_mass` and `expected_sparsity`.
+
+    The config's thresholds and what they were fitted to skip, else the budget.
+    """
     phase = "decode" if q.shape[2] <= _DECODE_MAX_QUERIES and k.shape[2] > q.shape[2] else "prefill"
     group = skip_softmax_group(getattr(module, "config", None))
     if is_left_out(group, module):
-        return None, None
+        return None, None, 0.0
     log_factor = log_scale_factor(group, phase)
     if log_factor is None:
         say_once(
             f"no thresholds for {phase} in the model's sparse_attention_config: every attention "
             f"row keeps all but {MAX_DROPPED_MASS / (1 + MAX_DROPPED_MASS):.0%} of its softmax mass"
         )
-        return None, q.new_full((1, 1), MAX_DROPPED_MASS, dtype=torch.float32)
+        return None, q.new_full((1, 1), MAX_DROPPED_MASS, dtype=torch.float32), 0.0
     lengths = q.new_full((1, 1), k.shape[2], dtype=torch.float32)
     if key_valid is not None:
         lengths = key_valid.sum(1, keepdim=True).clamp(min=1).float()
-    return (log_factor - lengths.log()).clamp(max=_LARGEST_LOG_LAMBDA), None
+    expected = (group.get("target_sparsity") or {}).get(phase, 0.5)
+    return (log_factor - lengths.log()).clamp(max=_LARGEST_LOG_LAMBDA), None, expected
 
 
 def skip_softmax_group(config: object) -> dict:
