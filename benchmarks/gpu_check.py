@@ -6,9 +6,11 @@ One command for a fresh machine: needs Python, torch, Triton and transformers, a
 CUDA variant also nvcc and g++, without which it alone is left out. It builds the variants, checks
 small shapes against the float64 oracle of the tests and large ones against float64 on the device,
 and that decode gives the same bits with an int8 copy of K; runs compute-sanitizer where there is
-one, and times against SDPA (flash, cuDNN) and FlexAttention. Everything on the GPU runs in child
-processes, each case within a time limit: a hang or a fault costs its case and no more. If something
-is wrong, nothing is timed (but with --time-anyway, which the result then says).
+one, and times against SDPA (flash, cuDNN), FlexAttention and, where they are installed,
+FlashAttention 2 and 3; on made inputs, and on SmolLM2's if they were carried along
+(gpu_captured.py). In the end it says which goals are reached (gpu_goals.py). Everything on the GPU
+runs in child processes, each case within a time limit: a hang or a fault costs its case and no
+more. If something is wrong, nothing is timed (but with --time-anyway, which the result then says).
 
 There is a deadline for the whole (--seconds), and, as shares of it, one for each part (PARTS); what
 a part leaves is the next ones'. Cases that were not reached are left out, by name of the first; the
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_children import Row, run_build, run_cases, run_sanitizer  # noqa: E402
+from benchmarks.gpu_goals import goals, print_goals  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 #: When each part ends at the latest, as a share of all seconds.
@@ -130,7 +133,7 @@ def check(
     if wrong(result) and not time_anyway:
         result["timing"] = "not taken: something is wrong"
         return
-    groups = ["headlines", "int8_decode", "prefill", "decode", "training"]
+    groups = ["headlines", "captured", "int8_decode", "training", "prefill", "decode"]
     tell, deadline = begin("timing"), deadlines["timing"]
     run_cases(groups, options, case_limit=120, deadline=deadline, tell=tell)
 
@@ -193,9 +196,12 @@ def main() -> None:
     failed = wrong(result)
     result["right"] = not failed
     result["took"] = round(time.monotonic() - start, 1)
-    write(result, path)
     if isinstance(result["timing"], list):
+        result["goals"] = goals(result["timing"])
+    write(result, path)
+    if "goals" in result:
         print_times(result["timing"])
+        print_goals(result["goals"])
     print(f"\n{len(failed)} wrong; wrote {path}")
     sys.exit(bool(failed))
 

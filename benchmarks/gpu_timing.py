@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,7 @@ from hf_sparse_attention.functional import attend
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
 HEADS, KV_HEADS, SIZE = (2, 1, 16) if EMULATED else (32, 8, 128)
-SCALE = SIZE**-0.5
-SPARSITIES = (0.0, 0.9) if EMULATED else (0.0, 0.5, 0.75, 0.9)
+SPARSITIES = (0.0, 0.9) if EMULATED else (0.0, 0.1, 0.5, 0.75, 0.9)
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -40,9 +41,13 @@ def decode_cases(device: str) -> list[Case]:
     return [(f"decode {b} x {n}", lambda b=b, n=n: decode(device, b, n)) for b, n in shapes]
 
 
-def backward_cases(device: str) -> list[Case]:
-    lengths = [70] if EMULATED else [8192, 32768]
-    return [(f"training {n}", lambda n=n: training(device, n)) for n in lengths]
+def training_cases(device: str) -> list[Case]:
+    lengths = [70] if EMULATED else [32768, 8192]
+    return [
+        (f"{name} {n}", lambda n=n, how=how: training(device, n, how))
+        for n in lengths
+        for name, how in (("backward", backward_alone), ("training", with_backward))
+    ]
 
 
 def prefill(device: str, length: int) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def prefill(device: str, length: int) -> dict[str, Any]:
         for geometry in (BlockGeometry(64, 64), BlockGeometry(64, 128)):
             for backend in ours():
                 name = f"{backend} {geometry.name}, {s:.0%} low"
-                runs[name] = own(*qkv, geometry, backend)
+                runs[name] = own(*qkv, geometry, backend, rule_for(qkv[0], s))
                 sparsity[name] = measured_sparsity(*qkv, geometry, backend)
     for backend in ours():
         runs[f"{backend} 64x64, no rule"] = own(
@@ -75,7 +80,7 @@ def decode(device: str, batch: int, kv_len: int) -> dict[str, Any]:
     for s, qkv in made.items():
         for backend in ours():
             name = f"{backend} 64x64, {s:.0%} low"
-            runs[name] = own(*qkv, BlockGeometry(), backend)
+            runs[name] = own(*qkv, BlockGeometry(), backend, rule_for(qkv[0], s))
             sparsity[name] = measured_sparsity(*qkv, BlockGeometry(), backend)
             if backend == "cuda" and is_hopper(device):  # which has a kernel of its own
                 other = f"cuda of sm_80 64x64, {s:.0%} low"
@@ -85,19 +90,19 @@ def decode(device: str, batch: int, kv_len: int) -> dict[str, Any]:
     return measure(runs, sparsity, size=size, graphs=device == "cuda")
 
 
-def training(device: str, length: int) -> dict[str, Any]:
-    """Forward and backward, causal, batch 1."""
+def training(device: str, length: int, how: Callable[[Run, Inputs], Run]) -> dict[str, Any]:
+    """Forward and backward, or the latter alone, causal, batch 1."""
     made = {s: inputs(device, 1, length, length, s) for s in (0.0, 0.75)}
     runs: dict[str, Run] = {}
     for name, run in peers(*made[0.0], causal=True, leaves=True).items():
-        runs[name] = with_backward(run, made[0.0])
+        runs[name] = how(run, made[0.0])
     sparsity = {}
     for s, qkv in made.items():
         name = f"triton 64x64, {s:.0%} low"
         leaves = tuple(x.detach().requires_grad_() for x in qkv)
-        runs[name] = with_backward(own(*leaves, BlockGeometry(), "triton"), leaves)
+        runs[name] = how(own(*leaves, BlockGeometry(), "triton"), leaves)
         sparsity[name] = measured_sparsity(*qkv, BlockGeometry(), "triton")
-    flops = 3.5 * 2 * HEADS * length**2 * SIZE * 2 / 2
+    flops = (2.5 if how is backward_alone else 3.5) * 2 * HEADS * length**2 * SIZE * 2 / 2
     return measure(runs, sparsity, flops=flops)
 
 
@@ -107,9 +112,9 @@ def inputs(device: str, batch: int, q_len: int, kv_len: int, sparsity: float) ->
     )
 
 
-def rule_for(q: Tensor) -> SkipRule:
-    log_lambda = math.log(gpu_inputs.LAMBDA)
-    return SkipRule(log_lambda=torch.full((1, 1), log_lambda, device=q.device))
+def rule_for(q: Tensor, expected_sparsity: float | None = None) -> SkipRule:
+    log_lambda = torch.full((1, 1), math.log(gpu_inputs.LAMBDA), device=q.device)
+    return SkipRule(log_lambda=log_lambda, expected_sparsity=expected_sparsity)
 
 
 def ours() -> list[str]:
@@ -125,7 +130,7 @@ def own(
     backend: str,
     rule: SkipRule | None = None,
 ) -> Run:
-    call = AttentionCall(q, k, v, scale=SCALE)
+    call = AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5)
     rule = rule_for(q) if rule is None else rule
     return lambda: attend(call, rule, geometry, backend).out.transpose(1, 2)
 
@@ -148,7 +153,8 @@ def measured_sparsity(
     q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, backend: str
 ) -> float:
     with torch.no_grad():
-        result = attend(AttentionCall(q, k, v, scale=SCALE), rule_for(q), geometry, backend)
+        call = AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5)
+        result = attend(call, rule_for(q), geometry, backend)
     visited, skipped = result.counts.sum((0, 1)).tolist()
     return skipped / visited
 
@@ -157,14 +163,11 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
     """Dense attention as others compute it; one that cannot is left out when it is warmed up."""
     if leaves:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
 
     def sdpa(backend: SDPBackend) -> Run:
         def run() -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, scale=scale, enable_gqa=True
-                )
+                return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
         return run
 
@@ -179,12 +182,26 @@ def peers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, leaves: bool = False
 
         def run_folded() -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                out = scaled_dot_product_attention(folded, k, v, scale=scale)
+                out = scaled_dot_product_attention(folded, k, v)
             return out.reshape(q.shape)
 
         found["sdpa flash, group folded"] = run_folded
     found["flex"] = flex(q, k, v, causal)
+    for package, name in (("flash_attn", "flash-attn 2"), ("flash_attn_interface", "flash-attn 3")):
+        if importlib.util.find_spec(package) is not None:
+            found[name] = flash_attn(package, q, k, v, causal)
     return found
+
+
+def flash_attn(package: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
+    """FlashAttention's own package, which has heads behind positions."""
+
+    def run() -> Tensor:
+        function = importlib.import_module(package).flash_attn_func
+        out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return run
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
@@ -200,10 +217,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
                 mask = create_block_mask(
                     lambda _b, _h, i, j: i >= j, None, None, q.shape[2], k.shape[2], _compile=True
                 )
+            torch._functorch.config.donated_buffer = False  # a backward may run again
             made.extend((torch.compile(flex_attention, dynamic=False), mask))
         compiled, mask = made
-        scale = q.shape[-1] ** -0.5
-        return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)
 
     return run
 
@@ -221,3 +238,17 @@ def with_backward(run: Run, leaves: Inputs) -> Run:
         return out
 
     return both
+
+
+def backward_alone(run: Run, leaves: Inputs) -> Run:
+    """The backward of one forward, which is kept."""
+    kept: list[Tensor] = []
+
+    def backward() -> Tensor:
+        if not kept:
+            kept.append(run())
+            kept.append(torch.randn_like(kept[0]))
+        torch.autograd.grad(kept[0], leaves, kept[1], retain_graph=True)
+        return kept[0]
+
+    return backward

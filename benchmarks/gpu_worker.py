@@ -40,7 +40,8 @@ GROUPS = {
     "prefill": "benchmarks.gpu_timing:prefill_cases",
     "decode": "benchmarks.gpu_timing:decode_cases",
     "int8_decode": "benchmarks.gpu_int8:decode_cases",
-    "training": "benchmarks.gpu_timing:backward_cases",
+    "training": "benchmarks.gpu_timing:training_cases",
+    "captured": "benchmarks.gpu_captured:cases",
     "faulty": "benchmarks.gpu_worker:faulty_cases",
 }
 

@@ -71,7 +71,7 @@ def forward(
     int8_keys: Tensor | None = None,
     expected_sparsity: float = 0.5,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `block_skip_attention.forward`. `expected_sparsity` changes no result, and is not read."""
+    """See `block_skip_attention.forward`. `expected_sparsity` changes no result: unread."""
     if reason := refusal(q, v, block_q, block_k):
         raise ValueError(f"block_skip_attention (Triton): {reason}")
     q_len, kv_len = q.shape[2], k.shape[2]
