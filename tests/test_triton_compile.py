@@ -33,39 +33,49 @@ def compiled() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_a_gpu(compiled: dict[str, dict[str, str]], target: str) -> None:
-    assert set(compiled[target]) == set(triton_compile.CONSTANTS)
+    expected = triton_compile.CONSTANTS | triton_compile.EXTRAS[target]
+    assert set(compiled[target]) == set(expected)
+    assert all(compiled[target].values())
 
 
-PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-LOADS = ("ld.global", "cp.async.cg", "cp.async.ca")
+PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+EXPONENTIALS = ("ex2.approx", "v_exp_f32")
+LOADS = ("ld.global", "cp.async.cg", "cp.async.ca", "global_load")
+BYTES = ("ld.global.b8", "global_load_ubyte")  # how skip bits are read
+
+#: A jump: its condition, if any, and where it goes.
+PTX_JUMP = re.compile(r"(@!?%p\d+\s+)?(?:bra(?:\.uni)?\s+(\S+);|ret;)")
+AMD_JUMP = re.compile(r"s_(?:c?branch(_\w+)?\s+(\S+)|endpgm)")
 
 
 class Flow:
-    """The basic blocks of one PTX function, and which jumps to which."""
+    """The basic blocks of one function, PTX or AMD's assembly, and which jumps to which."""
 
-    def __init__(self, ptx: str) -> None:
+    def __init__(self, assembly: str) -> None:
+        jump = AMD_JUMP if "s_endpgm" in assembly else PTX_JUMP
         self.blocks: list[list[str]] = [[]]
         names: dict[str, int] = {}
-        for line in map(str.strip, ptx.splitlines()):
-            if label := re.match(r"(\$\w+):", line):
+        for line in map(str.strip, assembly.splitlines()):
+            if label := re.match(r"([$.]\w+):", line):
                 self.blocks.append([])
                 names[label[1]] = len(self.blocks) - 1
                 continue
             self.blocks[-1].append(line)
-            if re.match(r"(@!?%p\d+\s+)?(bra|ret)\b", line):
+            if jump.match(line):
                 self.blocks.append([])
         self.next: list[set[int]] = []
         for i, block in enumerate(self.blocks):
-            jump = re.match(
-                r"(@!?%p\d+\s+)?(bra(?:\.uni)?\s+(\S+);|ret;)", block[-1] if block else ""
-            )
-            targets = {names[jump[3]]} if jump and jump[3] else set()
-            if (jump is None or jump[1]) and i + 1 < len(self.blocks):
+            end = jump.match(block[-1]) if block else None
+            targets = {names[end[2]]} if end and end[2] else set()
+            if (end is None or end[1]) and i + 1 < len(self.blocks):
                 targets.add(i + 1)
             self.next.append(targets)
 
     def counts(self, blocks: set[int], words: tuple[str, ...]) -> int:
         return sum(word in line for i in blocks for line in self.blocks[i] for word in words)
+
+    def holding(self, words: tuple[str, ...]) -> set[int]:
+        return {i for i in range(len(self.blocks)) if self.counts({i}, words)}
 
     def reachable(self, start: int, avoiding: set[int]) -> set[int]:
         found: set[int] = set()
@@ -78,21 +88,23 @@ class Flow:
 
     def loop_through(self, words: tuple[str, ...], avoiding: set[int]) -> set[int]:
         """The blocks of a loop that holds one of `words` and none of `avoiding`."""
-        for i in set(range(len(self.blocks))) - avoiding:
-            if self.counts({i}, words) and i in (there := self.reachable(i, avoiding)):
+        for i in self.holding(words) - avoiding:
+            if i in (there := self.reachable(i, avoiding)):
                 return {j for j in there if i in self.reachable(j, avoiding)}
         return set()
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
-@pytest.mark.parametrize("kernel", ["prefill", "decode", "decode_proved"])
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    [(target, kernel) for target in TARGETS for kernel in ("prefill", "decode")]
+    + [(target, "decode_proved") for target in ("cuda:80", "cuda:90")],
+)
 def test_a_skip_goes_around_the_exponentials_the_load_of_v_and_its_product(
     compiled: dict[str, dict[str, str]], target: str, kernel: str
 ) -> None:
     """The loop over the blocks can be run with the scores' product alone."""
     flow = Flow(compiled[target][kernel])
-    everything = set(range(len(flow.blocks)))
-    exponentials = {i for i in everything if flow.counts({i}, ("ex2.approx",))}
+    exponentials = flow.holding(EXPONENTIALS)
     assert exponentials
     whole = flow.loop_through(PRODUCTS, set())
     skipping = flow.loop_through(PRODUCTS, exponentials)
@@ -127,3 +139,17 @@ def test_the_proof_runs_on_int8_tensor_cores_and_can_be_given_up(
     around = {i for i in loop - int8 if i in flow.reachable(i, other)}
     assert around, "a block can be passed over"
     assert not flow.counts(around, LOADS), "without reading the copy"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+def test_the_backward_goes_around_everything_where_the_forward_skipped(
+    compiled: dict[str, dict[str, str]], target: str, kernel: str
+) -> None:
+    """The loop can be run by reading the skip bits alone."""
+    flow = Flow(compiled[target][kernel])
+    whole = flow.loop_through(PRODUCTS, set())
+    assert flow.counts(whole, BYTES)
+    skipping = flow.loop_through(BYTES, flow.holding(PRODUCTS) | flow.holding(EXPONENTIALS))
+    assert skipping, "no way through the loop without products"
+    assert flow.counts(skipping, LOADS) == flow.counts(skipping, BYTES), "nothing else is loaded"
