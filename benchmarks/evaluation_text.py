@@ -35,6 +35,9 @@ NOTES = {
 Dense is PyTorch's SDPA, which is slow in bfloat16: most of the speed is our kernel's and not the
 skipping's. How much it is, at 8192 tokens on a quiet machine: "no skipping" in
 [results.md](results.md).""",
+    "smollm2_others": """\
+What dense cannot do says nothing about skipping: of these tasks, only `niah_multiquery` and `fwe`
+are partly within reach of a model of this size. Four questions of each show that much, no more.""",
     "gemma3": """\
 15 of its 18 layers see a window of 512 tokens only. Rough: it shows that a windowed model runs
 under every rule and still answers, and no more. Dense fails `niah_multikey_1` in all samples and
