@@ -1,10 +1,7 @@
 """Decode with an int8 copy of K on this device: that it changes no bit, and what it is worth.
 
-    python -m benchmarks.gpu_int8          # keeps SmolLM2's own keys for `make gpu-check`
-
-On a machine with the model that writes `.cache/gpu_keys.safetensors` (about 7 MB): what two of its
-layers decode from 8192 keys. `make gpu-check` times them too where the file is; without it, its
-synthetic keys alone.
+Groups of `make gpu-check`, on synthetic keys and, where they were carried along, on SmolLM2's own
+(gpu_captured.py).
 """
 
 from __future__ import annotations
@@ -13,21 +10,17 @@ import math
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import gpu_inputs
+from benchmarks import gpu_captured, gpu_inputs
 from benchmarks.gpu_correctness import Case, moved
 from benchmarks.gpu_measure import EMULATED, Run, measure
 from benchmarks.gpu_timing import HEADS, KV_HEADS, SIZE, Inputs, ours, peers
-from benchmarks.table_format import HERE
 from hf_sparse_attention.backends import kernel
 from hf_sparse_attention.functional import attend
 from hf_sparse_attention.int8_keys import Int8Keys
 from hf_sparse_attention.types import AttentionCall, BlockGeometry, SkipRule
 
-KEYS = HERE.parent / ".cache" / "gpu_keys.safetensors"
-KEPT_LAYERS, KEPT_LENGTH = (9, 21), 8192
 SPARSITIES = (0.9,) if EMULATED else (0.73, 0.9, 0.95)
 LENGTHS = (200,) if EMULATED else (65536, 131072)
 
@@ -109,7 +102,7 @@ def decode_cases(device: str) -> list[Case]:
     cases: list[Case] = [
         (f"decode with int8 K, 1 x {n}", lambda n=n: synthetic(device, n)) for n in LENGTHS
     ]
-    if KEYS.is_file() and not EMULATED:
+    if gpu_captured.layers():
         cases += [
             (f"decode with int8 K, captured, 1 x {n}", lambda n=n: captured(device, n))
             for n in LENGTHS
@@ -132,16 +125,37 @@ def synthetic(device: str, kv_len: int) -> dict[str, Any]:
 
 
 def captured(device: str, kv_len: int) -> dict[str, Any]:
-    """SmolLM2's own queries and keys, two layers as a batch, repeated to `kv_len`; head size 64."""
-    kept = load_file(KEYS, device=device)
-    times = kv_len // KEPT_LENGTH
-    q, k = kept["q"], kept["k"].repeat(1, 1, times, 1)
-    made = (q, k, torch.randn_like(k))
+    """SmolLM2's own last query, keys and values, layers as a batch, repeated to `kv_len` keys."""
+    layers = [gpu_captured.load(layer, device) for layer in gpu_captured.layers()]
+    q, k, v = (torch.cat(x) for x in zip(*layers, strict=True))
+    times = max(1, kv_len // k.shape[2])
+    made = (q[:, :, -1:], k.repeat(1, 1, times, 1), v.repeat(1, 1, times, 1))
     runs, sparsity = dict(peers(*made, causal=False)), dict[str, float]()
-    for target, log_lambda in zip((0.73, 0.9, 0.95), kept["log_lambda"].tolist(), strict=True):
-        add_contestants(runs, sparsity, made, math.exp(log_lambda), f"captured, {target:.0%}")
-    size = 2 * k.numel() * 2
+    for share in SPARSITIES:
+        add_contestants(runs, sparsity, made, lambda_for(share, made), f"captured, {share:.0%}")
+    size = made[1].nbytes + made[2].nbytes
     return measure(runs, sparsity, size=size, graphs=device == "cuda")
+
+
+def lambda_for(share: float, made: Inputs) -> float:
+    """The smallest lambda below 1 that skips `share` of the blocks, as far as any does."""
+    low, high = -40.0, 0.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if skipped_share(made, middle, ours()[0]) < share:
+            low = middle
+        else:
+            high = middle
+    return math.exp(min(high, -1e-6))
+
+
+def skipped_share(made: Inputs, log_lambda: float, backend: str) -> float:
+    """Of the blocks that the last position visits."""
+    q, k, v = made
+    rule = SkipRule(log_lambda=torch.full((1, 1), log_lambda, device=q.device))
+    call = AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5)
+    visited, skipped = attend(call, rule, BlockGeometry(), backend).counts.sum((0, 1)).tolist()
+    return skipped / visited
 
 
 def add_contestants(
@@ -160,35 +174,6 @@ def add_contestants(
                 return attend(call, rule, BlockGeometry(), backend).out.transpose(1, 2)
 
             full = f"{backend} 64x64, {name}{more}"
-            counts = attend(call, rule, BlockGeometry(), backend).counts.sum((0, 1)).tolist()
-            runs[full], sparsity[full] = run, counts[1] / counts[0]
+            runs[full], sparsity[full] = run, skipped_share(made, math.log(lam), backend)
             outs.append(run())
         assert torch.equal(*outs), f"{backend}, {name}: the copy changed the result"
-
-
-def keep() -> None:
-    """Writes `KEYS`: the last query, the keys, and the lambdas that skip 73, 90 and 95% of them."""
-    from benchmarks.int8_decode import gaps
-    from benchmarks.model_attention import capture
-
-    layers = capture(KEPT_LENGTH, list(KEPT_LAYERS))
-    q = torch.cat([layers[i][0][:, :, -1:] for i in KEPT_LAYERS]).bfloat16()
-    k = torch.cat([layers[i][1] for i in KEPT_LAYERS]).bfloat16()
-    group = q.shape[1] // k.shape[1]
-    scaled = q.float() * q.shape[-1] ** -0.5
-    found = torch.cat(
-        [
-            gaps(scaled[b, h * group : (h + 1) * group, 0], k[b, h].float())[0]
-            for b in range(len(k))
-            for h in range(k.shape[1])
-        ]
-    ).sort().values  # fmt: skip
-    chosen = [min(found[int(s * len(found))].item(), -1e-6) for s in (0.73, 0.9, 0.95)]
-    KEYS.parent.mkdir(exist_ok=True)
-    save_file({"q": q, "k": k, "log_lambda": torch.tensor(chosen)}, KEYS)
-    print(f"written: {KEYS}")
-
-
-if __name__ == "__main__":
-    with torch.inference_mode():
-        keep()
